@@ -1,1 +1,13 @@
-"""scpo-bench."""
+"""scpo-bench: a safe-RL benchmark that shows what happens to safety at every policy update.
+
+Importing the package registers its tasks in Gymnasium; ``gym.make("scpo_bench:scpo_bench/DoubleIntegratorImitation-v0")`` does
+both in one line.
+"""
+
+from scpo_bench.envs import register_custom_tasks
+from scpo_bench.envs.safety_gymnasium import register_safety_gymnasium
+
+__version__ = "0.1.0"
+
+register_custom_tasks()
+register_safety_gymnasium()
