@@ -20,7 +20,9 @@ U_MAX_M_S2 = 1.0
 A = np.array([[1.0, DT_S], [0.0, 1.0]])
 B = np.array([[0.5 * DT_S**2], [DT_S]])
 
-# The stage cost x'Qx + u'Ru of the regulation task: control is cheap, so a good controller pushes against the bounds.
+# The regulation task's set-point lies near the edge of the backup's invariant set: far starts have to cross the whole range,
+# where a good controller meets the velocity bound. Stage cost (p - p_ref, v) Q (p - p_ref, v)' + u R u, with cheap control.
+SETPOINT_M = 0.6
 STAGE_Q = np.diag([1.0, 0.1])
 STAGE_R = np.array([[0.02]])
 # The backup is an LQR for a ten to fifty times dearer control: gentle, hence safe far from the origin, and slow.
@@ -74,7 +76,7 @@ def sensible_gain() -> NDArray[np.float64]:
 
 
 class ModelPredictiveController:
-    """min sum_t x'Qx + u'Ru + x_N'P x_N  s.t. the dynamics and |p| <= 1, |v| <= 1, |u| <= 1: a QP, solved by OSQP.
+    """min sum_t e'Qe + u'Ru + e_N'P e_N, e = x - (p_ref, 0), s.t. the dynamics, |p| <= 1, |v| <= 1, |u| <= 1: a QP, by OSQP.
 
     Condensed over the inputs, so that one matrix serves every state and only the bounds change between calls. The terminal
     weight P is the Riccati solution of the same stage cost. Source: Rawlings, Mayne, Diehl, Model Predictive Control, ch. 2.
@@ -95,23 +97,25 @@ class ModelPredictiveController:
         hessian = 2 * (gamma.T @ weight @ gamma + STAGE_R[0, 0] * np.eye(steps))
         self._phi, self._linear = phi, 2 * gamma.T @ weight @ phi
         rows = sp.csc_matrix(np.vstack([gamma, np.eye(steps)]))
-        self._x_max = np.tile([P_MAX_M, V_MAX_M_S], steps)
+        # Tightened by more than OSQP's tolerance: a plan that touches a bound must not cross it.
+        self._x_max = np.tile([P_MAX_M, V_MAX_M_S], steps) - 1e-5
         bound = np.concatenate([self._x_max, np.full(steps, U_MAX_M_S2)])
         self._solver = osqp.OSQP()
         self._solver.setup(
             P=sp.triu(sp.csc_matrix(hessian), format="csc"), q=np.zeros(steps), A=rows, l=-bound, u=bound,
-            verbose=False, eps_abs=1e-7, eps_rel=1e-7, max_iter=20_000, polishing=True,
+            verbose=False, eps_abs=1e-7, eps_rel=1e-7, max_iter=20_000,
         )  # fmt: skip
 
     def action(self, p: float, v: float) -> float:
         """First input [m/s^2] of the optimal plan from (p [m], v [m/s]). RuntimeError if no plan respects the bounds."""
         x = np.array([p, v])
+        error = np.array([p - SETPOINT_M, v])  # (p_ref, 0) is an equilibrium of A, so the error obeys the same dynamics
         drift = self._phi @ x
         u_max = np.full(self._steps, U_MAX_M_S2)
         lower = np.concatenate([-self._x_max - drift, -u_max])
         upper = np.concatenate([self._x_max - drift, u_max])
         # OSQP's warm start depends on what was solved before; a cold one makes the action a function of the state alone.
-        self._solver.update(q=self._linear @ x, l=lower, u=upper)
+        self._solver.update(q=self._linear @ error, l=lower, u=upper)
         self._solver.warm_start(x=np.zeros(self._steps), y=np.zeros(3 * self._steps))
         result = self._solver.solve(raise_error=False)
         if result.info.status not in ("solved", "solved inaccurate"):
@@ -232,7 +236,7 @@ class ImitationTask(DoubleIntegrator):
 
 
 class RegulationTask(DoubleIntegrator):
-    """Reward: negative stage cost x'Qx + u'Ru. Objective: the mean stage cost."""
+    """Reward: negative stage cost about the set-point. Objective: the mean stage cost."""
 
     objective_name = "mean stage cost"
 
@@ -242,7 +246,8 @@ class RegulationTask(DoubleIntegrator):
     def reward(self, state: Components, action: Components) -> Array:
         p, v = state
         (u,) = self.clip_action(action)
-        return -(float(STAGE_Q[0, 0]) * p * p + float(STAGE_Q[1, 1]) * v * v + float(STAGE_R[0, 0]) * u * u)
+        error = p - SETPOINT_M
+        return -(float(STAGE_Q[0, 0]) * error * error + float(STAGE_Q[1, 1]) * v * v + float(STAGE_R[0, 0]) * u * u)
 
     def objective_loss(self, state: Components, action: Components, step: int) -> tuple[Array, Array]:
         return -self.reward(state, action), state[0] == state[0]
@@ -300,11 +305,12 @@ class DoubleIntegratorImitationEnv(BatchedTaskEnv):
 
 
 class DoubleIntegratorRegulationEnv(BatchedTaskEnv):
-    """A double integrator to be regulated to the origin within bounds.
+    """A double integrator to be regulated to a set-point within bounds.
 
     Description
-        The same point mass, to be brought to the origin quickly. Control is cheap in the reward, so a good controller runs into
-        the velocity and input bounds; the backup is slow and safe. :class:`ModelPredictiveController` is the reference ceiling.
+        The same point mass, to be brought to p = 0.6 m quickly. Control is cheap in the reward and the way is long, so a good
+        controller runs into the velocity and input bounds; the backup goes to the origin and stays there, safe and far from the
+        set-point. :class:`ModelPredictiveController` is the reference ceiling.
 
     Observation space: ``Box(2)``, unbounded, float32
         ===  ==============  =========  =====
@@ -320,7 +326,7 @@ class DoubleIntegratorRegulationEnv(BatchedTaskEnv):
         distributed acceleration to u.
 
     Reward
-        -(p^2 + 0.1 v^2 + 0.02 u^2); ``info["objective_loss"]`` is its negative, at every step.
+        -((p - 0.6)^2 + 0.1 v^2 + 0.02 u^2); ``info["objective_loss"]`` is its negative, at every step.
 
     Cost and constraints
         ``info["constraint_values"]`` = [|p| - 1, |v| - 1, V(x_T)/level - 1] after the step. The third is in force at the last step
