@@ -1,0 +1,247 @@
+"""The record of one run, and its files: what was asked (run.json) and what happened (updates.jsonl, one line per update).
+
+Lines are appended and flushed as updates happen, so a killed run loses at most the update in flight. A finished run's lines are
+compressed (updates.jsonl.gz); everything else is written by atomic replace. Reading never executes anything: JSON only, sizes
+bounded, every field checked.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+SCHEMA_VERSION = 1
+TIMING_FIELDS = frozenset({"wall_time_s", "steps_per_s"})
+# Bounds on untrusted input: far above what a real run writes.
+MAX_LINE_BYTES = 1_000_000
+MAX_UPDATES = 1_000_000
+MAX_FILE_BYTES = 500_000_000
+
+RUN_FILE, UPDATES_FILE, COMPRESSED_UPDATES_FILE = "run.json", "updates.jsonl", "updates.jsonl.gz"
+
+
+class RecordError(ValueError):
+    """A record's file is missing, damaged or not a record. The message names the file, the line and the field."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Cell(_Strict):
+    """What defines a run. Two cells with the same key give the same record on the same versions and machine type."""
+
+    agent: str
+    """Name in the registry, or module:Class."""
+    task: str
+    """Gymnasium id."""
+    seed: int = Field(ge=0)
+    steps: int = Field(ge=1)
+    """Budget of interaction steps."""
+    start: Literal["backup", "random"] = "random"
+    num_envs: int = Field(1, ge=1)
+    evaluation_episodes: int = Field(10, ge=1)
+    """Held-out episodes per deterministic evaluation."""
+    evaluation_interval: int = Field(1, ge=1)
+    """Evaluate after every this many updates (and after the last one)."""
+    cost_limit: float = Field(ge=0)
+    """d, in cost units per episode. 0: any violated constraint value counts."""
+    normalize: bool = False
+    """Normalise observations for the agent with running statistics (SB3's VecNormalize)."""
+    env: dict[str, Any] = {}
+    """Keyword arguments of the environment."""
+    config: dict[str, Any] = {}
+    """The agent's resolved configuration."""
+
+    def key(self) -> str:
+        """Hash of exactly the fields above and the schema version. 64 hexadecimal digits."""
+        return _sha256([canonical({"schema": SCHEMA_VERSION, **self.model_dump(mode="json")})])
+
+
+class Update(_Strict):
+    """One update of the policy. Update 0 is the start policy: evaluated, nothing collected yet.
+
+    Counters are cumulative. ``None`` means not measured: no episode ended, no signed constraint values, no evaluation here.
+    """
+
+    update: int = Field(ge=0)
+    interaction_steps: int = Field(ge=0)
+    probe_steps: int = Field(ge=0)
+    episodes: int = Field(ge=0)
+    """Episodes that ended in this update's data collection; the next four describe them."""
+    return_mean: float | None = None
+    cost_mean: float | None = None
+    cost_max: float | None = None
+    cost_sum: float = 0.0
+    """Cost of all steps of this update's data collection, finished episodes or not."""
+    violating_episodes: int = Field(0, ge=0)
+    """Of these episodes, those with cost > limit."""
+    violating_steps: int = Field(0, ge=0)
+    """Steps of this collection with cost > 0."""
+    worst_constraint_value: float | None = None
+    """Largest signed constraint value of this collection."""
+    iterate_return: float | None = None
+    """The new policy, evaluated deterministically on held-out starts: mean return ..."""
+    iterate_cost: float | None = None
+    """... mean cost per episode ..."""
+    iterate_worst_constraint_value: float | None = None
+    """... largest signed constraint value of any step ..."""
+    iterate_objective: float | None = None
+    """... mean of info["objective_loss"], where the task has an objective (lower is better) ..."""
+    iterate_violates: bool | None = None
+    """... and whether that exceeds the limit (limit 0: any constraint value > 0, or any cost where there are none)."""
+    probe_violations: int = Field(0, ge=0)
+    """Candidate policies that violated while being evaluated, cumulative."""
+    diagnostics: dict[str, float | None] = {}
+    """The agent's own numbers."""
+    wall_time_s: float = Field(0.0, ge=0)
+    steps_per_s: float = Field(0.0, ge=0)
+
+
+class Run(_Strict):
+    """run.json: what was asked, where and when it ran, and how it ended."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    suite: str
+    key: str
+    cell: Cell
+    status: Literal["running", "finished", "failed", "interrupted"]
+    error: str | None = None
+    updates: int = 0
+    digest: str | None = None
+    """Of a finished run: hash of its updates, timing aside."""
+    provenance: dict[str, Any] = {}
+    """Package versions, git commit, CPU, threads."""
+    started: str = ""
+    ended: str | None = None
+
+
+def canonical(value: Any) -> bytes:
+    """JSON with sorted keys and no spaces: one text for one value."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _sha256(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def digest(updates: Iterable[Update]) -> str:
+    """Hash of the updates without their timing fields."""
+    return _sha256(canonical(u.model_dump(mode="json", exclude=set(TIMING_FIELDS))) for u in updates)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace ``path`` by ``data``, or leave it as it was."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_run(folder: Path, run: Run) -> None:
+    write_atomically(folder / RUN_FILE, json.dumps(run.model_dump(mode="json"), indent=1, allow_nan=False).encode() + b"\n")
+
+
+class UpdateLog:
+    """Appends updates to updates.jsonl, flushing each line, and compresses the file at the end."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        (folder / COMPRESSED_UPDATES_FILE).unlink(missing_ok=True)
+        self._file = open(folder / UPDATES_FILE, "wb")  # noqa: SIM115 - open as long as the run lasts
+
+    def append(self, update: Update) -> None:
+        self._file.write(canonical(update.model_dump(mode="json")) + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def compress(self) -> None:
+        """Close, and keep the lines as .gz (no time stamp inside: same lines, same bytes)."""
+        self.close()
+        path = self._folder / UPDATES_FILE
+        write_atomically(self._folder / COMPRESSED_UPDATES_FILE, gzip.compress(path.read_bytes(), compresslevel=9, mtime=0))
+        path.unlink()
+
+
+def read_run(folder: Path) -> Run:
+    """run.json of a run folder. RecordError names what is wrong."""
+    path = folder / RUN_FILE
+    try:
+        if path.stat().st_size > MAX_LINE_BYTES:
+            raise RecordError(f"{path}: larger than {MAX_LINE_BYTES} bytes; not a run record")
+        return Run.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        raise RecordError(f"{path}: not found") from None
+    except (OSError, RecursionError) as error:
+        raise RecordError(f"{path}: cannot be read ({error})") from None
+    except ValidationError as error:
+        raise RecordError(f"{path}: {first_problem(error)}") from None
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first of pydantic's findings, in one line: field, expectation, what came."""
+    problem = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in problem["loc"]) or "file"
+    came = repr(problem.get("input"))
+    return f"{where}: {problem['msg']}, got {came[:80] + '...' if len(came) > 80 else came}"
+
+
+def _lines(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """(place, line) of the updates file, whichever form it has."""
+    compressed = folder / COMPRESSED_UPDATES_FILE
+    path = compressed if compressed.exists() else folder / UPDATES_FILE
+    total = 0
+    try:
+        with gzip.open(path, "rb") if path == compressed else open(path, "rb") as file:
+            number = 0
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                number, total = number + 1, total + len(line)
+                if len(line) > MAX_LINE_BYTES or number > MAX_UPDATES or total > MAX_FILE_BYTES:
+                    raise RecordError(f"{path}: line {number}: larger than any record; not read further")
+                yield f"{path}: line {number}", line
+    except FileNotFoundError:
+        raise RecordError(f"{path}: not found") from None
+    except (OSError, EOFError, gzip.zlib.error) as error:  # type: ignore[attr-defined]
+        raise RecordError(f"{path}: cannot be read ({error})") from None
+
+
+def read_updates(folder: Path) -> list[Update]:
+    """All whole updates of a run folder, in order. A truncated last line (a killed run) is left out; any other fault is an error."""
+    updates: list[Update] = []
+    for place, line in _lines(folder):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            update = Update.model_validate_json(line)
+        except ValidationError as error:
+            raise RecordError(f"{place}: {first_problem(error)}") from None
+        if update.update != len(updates):
+            raise RecordError(f"{place}: update: expected {len(updates)}, got {update.update}")
+        updates.append(update)
+    return updates
+
+
+def run_folders(root: Path) -> list[Path]:
+    """Every folder below ``root`` that holds a run.json, sorted; links are not followed."""
+    if not root.is_dir():
+        return []
+    found = [Path(here) for here, _, files in os.walk(root, followlinks=False) if RUN_FILE in files]
+    return sorted(folder for folder in found if "~" not in folder.name)

@@ -1,0 +1,235 @@
+"""Gradient descent on a supervised loss: what SCPO proposes, and (as agent ``sgd``) what happens when nothing projects it.
+
+One update: interact with the deployed policy, add the labels seen (``info["expert_action"]``) to the data, let a torch optimiser
+propose a change of the parameters, deploy it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self, get_args
+
+import numpy as np
+import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.type_aliases import MaybeCallback
+from torch import nn
+
+from scpo_bench.baselines.configuration import require, resolve_config
+from scpo_bench.policies import BackupActorCriticPolicy
+from scpo_bench.scpo.parameters import ParameterSpace, SpaceName, make_space
+from scpo_bench.scpo.projection import Floats
+
+
+@dataclass(frozen=True)
+class GradientDescentConfig:
+    """Defaults of agent ``sgd``, and of SCPO's proposals."""
+
+    n_steps: int = 30
+    """Steps per environment between two updates."""
+    labels: Literal["starts", "visited"] = "starts"
+    """Which labels are fitted: those at episode starts (a demonstration set that does not depend on the policy), or all seen."""
+    buffer_size: int = 4096
+    """Labels kept; the oldest go first."""
+    optimizer: str = "SGD"
+    """Name of a class in torch.optim."""
+    learning_rate: float = 0.1
+    """Step size of that optimiser. In a whitened last layer the loss is a paraboloid of curvature 2 and 0.5 is a Newton step."""
+    gradient_steps: int = 1
+    """Optimiser steps that make one proposal."""
+    space: SpaceName = "last_layer"
+    """Which weights may change: last_layer (whitened), low_rank (adapters), all."""
+    rank: int = 4
+    """Rank of the adapters, for space low_rank."""
+    features: int = 64
+    """Width of the hidden layer."""
+    feature_scale: float = 2.0
+    """Standard deviation of the hidden layer's initial weights (half that for biases): how sharply features vary over the state."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_steps", "buffer_size", "gradient_steps", "rank", "features"):
+            require(self, name, low=1)
+        for name in ("learning_rate", "feature_scale"):
+            require(self, name, above=0)
+        require_choice(self, "labels", ("starts", "visited"))
+        require_choice(self, "space", get_args(SpaceName))
+        optimizer = getattr(torch.optim, str(self.optimizer), None)
+        if not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)):
+            raise ValueError(f"{type(self).__name__}.optimizer: expected a class of torch.optim such as 'SGD', got {self.optimizer!r}")
+
+
+def require_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError, naming the nearest choice, unless ``config.name`` is one of ``choices``."""
+    value = getattr(config, name)
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise ValueError(f"{type(config).__name__}.{name}: expected one of {', '.join(choices)}, got {value!r}{hint}")
+
+
+class GradientDescent(BaseAlgorithm):
+    """``GradientDescent("MlpPolicy", env, policy_kwargs={"backup": module}, learning_rate=0.2)``: an SB3 algorithm.
+
+    Needs an environment that labels its observations in ``info["expert_action"]``, on reset too. Raises ValueError for unknown or
+    ill-typed configuration fields and for an environment without labels.
+    """
+
+    Config: ClassVar[type[GradientDescentConfig]] = GradientDescentConfig
+    policy_aliases: ClassVar[dict[str, Any]] = {"MlpPolicy": BackupActorCriticPolicy}
+
+    def __init__(
+        self,
+        policy: Any,
+        env: Any,
+        *,
+        seed: int | None = None,
+        verbose: int = 0,
+        device: str = "cpu",
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        _init_setup_model: bool = True,
+        **config: Any,
+    ) -> None:
+        self.config = resolve_config(self.Config, config)
+        super().__init__(
+            policy, env, learning_rate=self.config.learning_rate, policy_kwargs=policy_kwargs, verbose=verbose, device=device,
+            seed=seed, tensorboard_log=tensorboard_log, support_multi_env=True,
+        )  # fmt: skip
+        self.diagnostics: dict[str, float] = {}
+        self.w: Floats = np.zeros(0)
+        self._observations: Any = None  # [n, obs_dim] and [n, action_dim], oldest first
+        self._labels: Any = None
+        self._optimizer_state: dict[str, Any] | None = None
+        self._space: ParameterSpace | None = None
+        if _init_setup_model:
+            self._setup_model()
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_space"]
+
+    def _setup_model(self) -> None:
+        self.set_random_seed(self.seed)
+        self.rng = np.random.default_rng(np.random.SeedSequence(self.seed))
+        kwargs = {"net_arch": {"pi": [self.config.features], "vf": []}, "ortho_init": False, **self.policy_kwargs}
+        if "backup" not in kwargs:
+            raise ValueError("policy_kwargs.backup: expected a torch module that maps observations to safe actions, got nothing")
+        self.policy = BackupActorCriticPolicy(self.observation_space, self.action_space, lambda _: 0.0, **kwargs).to(self.device)
+        scale = self.config.feature_scale
+        with torch.no_grad():
+            for layer in self.policy.mlp_extractor.extractor.policy_net:  # type: ignore[union-attr]
+                if isinstance(layer, nn.Linear):
+                    layer.weight.normal_(0.0, scale / np.sqrt(layer.in_features / self.observation_space.shape[0]))  # type: ignore[index]
+                    layer.bias.normal_(0.0, scale / 2)
+
+    @property
+    def space(self) -> ParameterSpace:
+        """Built on first use from the policy as it then is: after loading, from the loaded one."""
+        if self._space is None:
+            self._space = make_space(self.config.space, self.policy, self._reference_observations(), self.config.rank)  # type: ignore[arg-type]
+            if len(self.w) == 0:
+                self.w = np.zeros(self._space.dimension)
+        return self._space
+
+    def _reference_observations(self) -> torch.Tensor:
+        """Observations [n, obs_dim] over which a step's effect on the actions is measured: the labelled ones seen so far."""
+        if not hasattr(self, "_reference"):
+            self._reference = np.array(self._observations)
+        return torch.as_tensor(self._reference, dtype=torch.float64)
+
+    def learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 100,
+        tb_log_name: str = "sgd",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> Self:
+        total, callback = self._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+        self._add_labels(np.asarray(self._last_obs), self._reset_labels(range(self.n_envs)))
+        self.start_training()
+        callback.on_training_start(locals(), globals())
+        while self.num_timesteps < total:
+            callback.on_rollout_start()
+            if not self._collect(callback):
+                break
+            callback.on_rollout_end()
+            self.train()
+        callback.on_training_end()
+        return self
+
+    def _reset_labels(self, indices: Any) -> Any:
+        """[len(indices), action_dim] from the infos of the last resets."""
+        infos = self.env.unwrapped.reset_infos  # type: ignore[union-attr]
+        try:
+            return np.stack([infos[i]["expert_action"] for i in indices])
+        except KeyError:
+            raise ValueError(
+                f"{type(self).__name__}: the environment gives no info['expert_action']; a supervised agent needs labels"
+            ) from None
+
+    def _collect(self, callback: Any) -> bool:
+        """Run the deployed policy for n_steps per environment and keep the labels. False: a callback asked to stop."""
+        assert self.env is not None
+        for _ in range(self.config.n_steps):
+            actions, _ = self.predict(self._last_obs, deterministic=True)  # type: ignore[arg-type]
+            observations, rewards, dones, infos = self.env.step(actions)
+            self.num_timesteps += self.env.num_envs
+            callback.update_locals(locals())
+            if not callback.on_step():
+                return False
+            self._last_obs = observations
+            if self.config.labels == "visited":
+                labels = np.stack([info["expert_action"] for info in infos])
+                labels[dones] = self._reset_labels(np.flatnonzero(dones)) if dones.any() else labels[dones]
+                self._add_labels(observations, labels)
+            elif dones.any():
+                self._add_labels(observations[dones], self._reset_labels(np.flatnonzero(dones)))  # type: ignore[index]
+        return True
+
+    def _add_labels(self, observations: Any, labels: Any) -> None:
+        if self._observations is None:
+            self._observations, self._labels = np.array(observations), np.array(labels)
+            return
+        keep = self.config.buffer_size
+        self._observations = np.concatenate([self._observations, observations])[-keep:]
+        self._labels = np.concatenate([self._labels, labels])[-keep:]
+
+    def loss(self, w: torch.Tensor) -> torch.Tensor:
+        """Mean squared distance |pi_w(x) - label|^2 over the data, for w [d]. Unclipped actions: clipping would hide the error."""
+        x = torch.as_tensor(self._observations, dtype=torch.float64)
+        y = torch.as_tensor(self._labels, dtype=torch.float64)
+        return (self.space.actions(w[None], x[None])[0] - y).square().sum(dim=-1).mean()
+
+    def propose(self) -> tuple[Floats, float]:
+        """(u [d], loss at w): the change that the optimiser would make."""
+        w = nn.Parameter(torch.as_tensor(self.w.copy()))
+        optimizer = getattr(torch.optim, self.config.optimizer)([w], lr=self.config.learning_rate)
+        if self._optimizer_state is not None:
+            optimizer.load_state_dict(self._optimizer_state)
+        first = 0.0
+        for step in range(self.config.gradient_steps):
+            optimizer.zero_grad()
+            loss = self.loss(w)
+            loss.backward()
+            optimizer.step()
+            first = float(loss.detach()) if step == 0 else first
+        self._optimizer_state = optimizer.state_dict()
+        return w.detach().numpy() - self.w, first
+
+    def deploy(self, w: Floats) -> None:
+        """Make w the policy that acts."""
+        self.w = w
+        self.space.write(torch.as_tensor(w))
+
+    def start_training(self) -> None:
+        """Called once before the first data collection, with the start policy's first labels at hand."""
+        self.deploy(self.w if len(self.w) else np.zeros(self.space.dimension))
+
+    def train(self) -> None:
+        """One update."""
+        proposal, loss = self.propose()
+        self.deploy(self.w + proposal)
+        length = float(np.linalg.norm(proposal))
+        self.diagnostics = {"loss": loss, "proposal_norm": length, "step_norm": length}
