@@ -1,0 +1,166 @@
+"""The acting half of an SB3 actor-critic policy in NumPy: sampling, log-likelihoods and their gradients, KL, Fisher.
+
+``head`` is what the network outputs per state, [B, A]: the Gaussian's mean (the backup's action included) or logits.
+KL divergences and log-likelihoods are summed over action dimensions and, where said, averaged over states.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from numpy.typing import NDArray
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import FlattenExtractor
+from torch import nn
+
+from scpo_bench.baselines.networks import Array, Mlp, sequential_layers
+from scpo_bench.policies import ResidualHead
+
+LOG_2PI = float(np.log(2 * np.pi))
+
+
+class Actor:
+    """Shared part: the network and, where the policy has one, the backup whose action is added to its output."""
+
+    def __init__(self, policy: ActorCriticPolicy, extra: list[nn.Parameter]) -> None:
+        self.backup: nn.Module | None = None
+        extractor: Any = policy.mlp_extractor
+        last: Any = policy.action_net
+        if isinstance(last, ResidualHead):
+            self.backup, extractor, last = extractor.backup, extractor.extractor, last.linear
+        self.mlp = Mlp(*sequential_layers(extractor.policy_net, last), extra=extra)
+
+    def offset(self, observations: Array) -> Array | float:
+        """The backup's action [B, A], or 0. Not trained, hence worth computing once per update."""
+        if self.backup is None:
+            return 0.0
+        with torch.inference_mode():
+            return self.backup(torch.from_numpy(observations)).numpy()
+
+    def head(self, observations: Array, offset: Array | float | None = None) -> Array:
+        """observations: [B, O] -> [B, A]."""
+        head = self.mlp.forward(observations)
+        head += self.offset(observations) if offset is None else offset
+        return head
+
+    def dist_extra(self) -> Array:
+        """A copy of the distribution's parameters that do not depend on the state."""
+        return np.concatenate([e.ravel() for e in self.mlp.extra]) if self.mlp.extra else np.zeros(0, np.float32)
+
+    def sample(self, head: Array, rng: np.random.Generator) -> NDArray[Any]:
+        raise NotImplementedError
+
+    def log_prob(self, head: Array, actions: NDArray[Any]) -> Array:
+        raise NotImplementedError
+
+    def backward(self, head: Array, actions: NDArray[Any], weights: Array) -> None:
+        """Gradient of sum_b weights_b log pi(a_b | s_b) into ``mlp.grad``. weights: [B]."""
+        raise NotImplementedError
+
+    def kl(self, old_head: Array, old_extra: Array, head: Array) -> float:
+        """Mean over states of KL(old || this)."""
+        raise NotImplementedError
+
+    def fisher_product(self, head: Array, direction: Array) -> Array:
+        """F v: the Hessian at this policy of ``kl`` in theta, at the states of the last ``head`` call. [P] -> [P]."""
+        raise NotImplementedError
+
+    def entropy(self, head: Array) -> float:
+        """Mean over states, nats."""
+        raise NotImplementedError
+
+
+class GaussianActor(Actor):
+    """Diagonal Gaussian with a standard deviation that does not depend on the state."""
+
+    def __init__(self, policy: ActorCriticPolicy) -> None:
+        super().__init__(policy, [policy.log_std])
+
+    def sample(self, head: Array, rng: np.random.Generator) -> NDArray[Any]:
+        return head + np.exp(self.mlp.extra[0]) * rng.standard_normal(head.shape, dtype=head.dtype)
+
+    def log_prob(self, head: Array, actions: NDArray[Any]) -> Array:
+        log_std = self.mlp.extra[0]
+        z = (actions - head) * np.exp(-log_std)
+        return -0.5 * np.einsum("ba,ba->b", z, z) - (log_std.sum() + 0.5 * log_std.size * LOG_2PI)
+
+    def backward(self, head: Array, actions: NDArray[Any], weights: Array) -> None:
+        inverse_std = np.exp(-self.mlp.extra[0])
+        z = (actions - head) * inverse_std
+        weighted = z * weights[:, None]
+        self.mlp.extra_grads[0][:] = np.einsum("ba,ba->a", weighted, z) - weights.sum()  # d log p / d log_std = z^2 - 1
+        weighted *= inverse_std  # d log p / d mean = z / std
+        self.mlp.backward(weighted)
+
+    def kl(self, old_head: Array, old_extra: Array, head: Array) -> float:
+        log_std = self.mlp.extra[0].astype(np.float64)
+        variance, old_variance = np.exp(2 * log_std), np.exp(2 * old_extra.astype(np.float64))
+        shift = np.mean((head - old_head) ** 2, axis=0, dtype=np.float64)
+        return float(np.sum(log_std - old_extra + (old_variance + shift) / (2 * variance) - 0.5))
+
+    def fisher_product(self, head: Array, direction: Array) -> Array:
+        tangent = self.mlp.jvp(direction)
+        tangent *= np.exp(-2 * self.mlp.extra[0]) / len(tangent)
+        self.mlp.backward(tangent)
+        self.mlp.extra_grads[0][:] = 2.0 * direction[-self.mlp.extra[0].size :]
+        return self.mlp.grad.copy()
+
+    def entropy(self, head: Array) -> float:
+        return float(np.sum(self.mlp.extra[0]) + 0.5 * self.mlp.extra[0].size * (1 + LOG_2PI))
+
+
+class CategoricalActor(Actor):
+    """Softmax over the actions of a ``Discrete`` space. actions: integers [B]."""
+
+    def __init__(self, policy: ActorCriticPolicy) -> None:
+        super().__init__(policy, [])
+
+    @staticmethod
+    def _log_softmax(head: Array) -> Array:
+        shifted = head - head.max(axis=1, keepdims=True)
+        return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+    def sample(self, head: Array, rng: np.random.Generator) -> NDArray[Any]:
+        gumbel = rng.gumbel(size=head.shape)  # argmax of logits + Gumbel noise is a softmax sample
+        return np.argmax(head + gumbel, axis=1)
+
+    def log_prob(self, head: Array, actions: NDArray[Any]) -> Array:
+        return self._log_softmax(head)[np.arange(len(head)), actions]
+
+    def backward(self, head: Array, actions: NDArray[Any], weights: Array) -> None:
+        d_head = -np.exp(self._log_softmax(head))
+        d_head[np.arange(len(head)), actions] += 1.0
+        d_head *= weights[:, None]
+        self.mlp.backward(d_head)
+
+    def kl(self, old_head: Array, old_extra: Array, head: Array) -> float:
+        old, new = self._log_softmax(old_head), self._log_softmax(head)
+        return float(np.mean(np.sum(np.exp(old) * (old - new), axis=1), dtype=np.float64))
+
+    def fisher_product(self, head: Array, direction: Array) -> Array:
+        tangent = self.mlp.jvp(direction)
+        p = np.exp(self._log_softmax(head))
+        tangent = p * (tangent - (p * tangent).sum(axis=1, keepdims=True))  # (diag p - p p') t
+        tangent /= len(tangent)
+        self.mlp.backward(tangent)
+        return self.mlp.grad.copy()
+
+    def entropy(self, head: Array) -> float:
+        log_p = self._log_softmax(head)
+        return float(-np.mean(np.sum(np.exp(log_p) * log_p, axis=1)))
+
+
+def actor_of(policy: ActorCriticPolicy) -> Actor:
+    """The NumPy actor of a policy. Raises ValueError for policies or action spaces it does not cover."""
+    if not isinstance(policy.features_extractor, FlattenExtractor) or not isinstance(
+        policy.observation_space, spaces.Box
+    ):
+        raise ValueError(f"policy: needs flat Box observations, got {policy.observation_space}")
+    if isinstance(policy.action_space, spaces.Discrete):
+        return CategoricalActor(policy)
+    if isinstance(policy.action_space, spaces.Box) and not policy.use_sde and len(policy.action_space.shape) == 1:
+        return GaussianActor(policy)
+    raise ValueError(f"env.action_space: expected Discrete or a one-dimensional Box, got {policy.action_space}")

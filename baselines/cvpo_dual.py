@@ -1,0 +1,210 @@
+"""CVPO's E-step: the best reweighting of sampled actions within a KL ball and a cost threshold, solved exactly.
+
+    max_q  mean_b E_q[Q_r]   s.t.   mean_b KL(q_b || uniform_K) <= eps,   mean_b E_q[Q_c] <= d
+    q(k|b) = softmax_k((Q_r - lam Q_c) / eta),  (eta, lam) minimising the convex dual
+    g(eta, lam) = eta eps + lam d + (eta/B) sum_b log[(1/K) sum_k exp((Q_r - lam Q_c) / eta)].
+
+Source: Liu et al. 2022, arXiv 2201.11927, equations 8-10.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+MIN_LOG_ETA, MAX_LOG_ETA = -14.0, 14.0  # of eta in units of the spread of Q_r
+
+
+@dataclass(frozen=True)
+class EStep:
+    """The reweighting and how it came about."""
+
+    weights: Array
+    """q [B, K]; each row sums to one."""
+    eta: float
+    """Temperature, in the unit of Q_r."""
+    lam: float
+    """Multiplier of the cost threshold, unit of Q_r per unit of Q_c; in a recovery step 0 (no dual solution exists)."""
+    kl: float
+    """mean_b KL(q_b || uniform)."""
+    cost_excess: float
+    """mean_b E_q[Q_c] - d."""
+    kkt_residual: float
+    """Largest violation of the optimality conditions, in scaled units (KL relative to eps); 0 in a recovery step."""
+    iterations: int
+    recovery: bool
+    """True: no q in the KL ball reaches d, and ``weights`` has the lowest reachable cost instead."""
+
+    def effective_sample_size(self) -> float:
+        """Mean over states of 1 / sum_k q^2, in [1, K]."""
+        return float(np.mean(1.0 / np.sum(self.weights**2, axis=1)))
+
+
+def cost_threshold(episodic_limit: float, gamma: float, episode_steps: float) -> float:
+    """Episodic undiscounted limit C -> threshold on Q_c: d = C (1 - gamma^T) / ((1 - gamma) T); C where gamma = 1.
+
+    Source: Liu et al. 2022, appendix; a constant cost C/T per step has exactly this discounted sum over T steps.
+    """
+    if gamma == 1.0:
+        return episodic_limit
+    return episodic_limit * (1 - gamma**episode_steps) / ((1 - gamma) * episode_steps)
+
+
+def softmax_with_kl(z: Array) -> tuple[Array, float, float]:
+    """(q = softmax over the last axis, mean log[(1/K) sum_k exp z], mean KL(q || uniform)) for z [B, K]."""
+    top = z.max(axis=1, keepdims=True)
+    q = np.exp(z - top)
+    total = q.sum(axis=1, keepdims=True)
+    q /= total
+    log_mean = float(np.mean(top + np.log(total))) - np.log(z.shape[1])
+    return q, log_mean, max(float(np.vdot(q, z)) / len(z) - log_mean, 0.0)
+
+
+def tilt_to_kl(scores: Array, eps: float, tolerance: float = 1e-12) -> tuple[Array, float, int]:
+    """(q, eta, iterations): q = softmax(scores / eta), mean KL(q || uniform) = eps, by safeguarded Newton in log eta.
+
+    KL falls in eta. If eps exceeds what any eta reaches, the smallest eta is returned (ties share the mass).
+    scores: [B, K] with a spread near one.
+    """
+    low, high = MIN_LOG_ETA, MAX_LOG_ETA
+    x = float(np.clip(-0.5 * np.log(2 * eps), low, high))  # small-tilt limit: KL = Var(scores) / (2 eta^2), Var = 1
+    q = np.empty(0)
+    iteration = 0
+    while iteration < 100:
+        iteration += 1
+        z = scores * np.exp(-x)
+        q, _, kl = softmax_with_kl(z)
+        gap = kl - eps
+        if abs(gap) <= tolerance * eps or high - low < 1e-14:
+            break
+        low, high = (x, high) if gap > 0 else (low, x)
+        slope = -_covariances(q, z, z)[0]  # d KL / d log eta
+        # Newton on log KL: close to linear in log eta
+        step = -np.log(kl / eps) * kl / slope if slope < 0 and kl > 0 else np.inf
+        x = x + step if low < x + step < high else 0.5 * (low + high)
+    return q, float(np.exp(x)), iteration
+
+
+def _covariances(q: Array, a: Array, b: Array) -> tuple[float, float, float]:
+    """mean_b Cov_{q_b} of (a, a), (a, b), (b, b)."""
+    qa, qb = q * a, q * b
+    mean_a, mean_b = qa.sum(axis=1), qb.sum(axis=1)
+    return (
+        float(np.vdot(qa, a) - mean_a @ mean_a) / len(q),
+        float(np.vdot(qa, b) - mean_a @ mean_b) / len(q),
+        float(np.vdot(qb, b) - mean_b @ mean_b) / len(q),
+    )
+
+
+def e_step(q_reward: Array, q_cost: Array, eps: float, threshold: float, max_iterations: int = 60) -> EStep:
+    """Solve the E-step for Q values [B, K] of K actions drawn from the old policy in each of B states.
+
+    eps > 0: KL bound; threshold: d, infinite for no constraint. Works in float64 on Q centred per state and scaled by
+    its spread.
+    """
+    q_reward, q_cost = np.asarray(q_reward, np.float64), np.asarray(q_cost, np.float64)
+    reward, reward_scale = _centred(q_reward)
+    cost, cost_scale = _centred(q_cost)
+    slack = (threshold - float(q_cost.mean())) / cost_scale  # d for the centred, scaled costs; their uniform mean is 0
+    constrained = np.isfinite(threshold) and cost_scale < np.inf and bool(np.any(cost))
+
+    def finish(weights: Array, eta: float, lam: float, kkt: float, iterations: int, recovery: bool) -> EStep:
+        kl = float(np.mean(np.sum(weights * np.log(np.maximum(weights * weights.shape[1], 1e-300)), axis=1)))
+        excess = float(np.vdot(weights, q_cost)) / len(weights) - threshold
+        return EStep(
+            weights, eta * reward_scale, lam * reward_scale / cost_scale, kl, excess, kkt, iterations, recovery
+        )
+
+    if not constrained:
+        weights, eta, iterations = tilt_to_kl(reward, eps)
+        kl = softmax_with_kl(reward / eta)[2]
+        kkt = 0.0 if not np.any(reward) else _eta_residual(kl, eps, np.log(eta))
+        return finish(weights, eta, 0.0, kkt, iterations, bool(slack < 0))
+    if slack < 0:  # the uniform q violates: is there any q in the ball that does not?
+        weights, eta, iterations = tilt_to_kl(-cost, eps)
+        lowest = float(np.vdot(weights, cost)) / len(cost)
+        if lowest >= slack or not np.any(reward):
+            return finish(weights, eta, 0.0, 0.0, iterations, lowest > slack)
+    elif not np.any(reward):
+        return finish(np.full_like(reward, 1.0 / reward.shape[1]), 1.0, 0.0, 0.0, 0, False)
+    x, lam, kkt, iterations = _minimise_dual(reward, cost, eps, slack, max_iterations)
+    return finish(softmax_with_kl((reward - lam * cost) * np.exp(-x))[0], float(np.exp(x)), lam, kkt, iterations, False)
+
+
+def _centred(q: Array) -> tuple[Array, float]:
+    """(q minus its mean per state, over its standard deviation; that deviation, 1 where actions make no difference)."""
+    centred = q - q.mean(axis=1, keepdims=True)
+    scale = float(centred.std())
+    if scale <= 1e-12 * max(1.0, float(np.abs(q).max())):
+        return np.zeros_like(q), 1.0
+    return centred / scale, scale
+
+
+def _eta_residual(kl: float, eps: float, log_eta: float) -> float:
+    """Relative violation of KL = eps; at the smallest eta (no tilt reaches eps) only an excess counts."""
+    return max(kl / eps - 1.0, 0.0) if log_eta <= MIN_LOG_ETA + 1e-6 else abs(kl / eps - 1.0)
+
+
+@dataclass(frozen=True)
+class _DualPoint:
+    """The dual and what its derivatives need, at (x = log eta, lam), in scaled units."""
+
+    x: float
+    lam: float
+    value: float
+    z: Array
+    q: Array
+    g_eta: float
+    g_lam: float
+    kkt: float
+
+
+def _dual_point(reward: Array, cost: Array, eps: float, slack: float, x: float, lam: float) -> _DualPoint:
+    eta = np.exp(x)
+    z = (reward - lam * cost) / eta
+    q, log_mean, kl = softmax_with_kl(z)
+    g_lam = slack - float(np.vdot(q, cost)) / len(cost)
+    kkt = max(_eta_residual(kl, eps, x), abs(lam - max(lam - g_lam, 0.0)))
+    return _DualPoint(x, lam, eta * (eps + log_mean) + lam * slack, z, q, eps - kl, g_lam, kkt)
+
+
+def _minimise_dual(
+    reward: Array, cost: Array, eps: float, slack: float, max_iterations: int, tolerance: float = 1e-10
+) -> tuple[float, float, float, int]:
+    """Projected Newton in (x = log eta, lam >= 0). Returns (x, lam, KKT residual, iterations).
+
+    Gradient in eta: eps - KL; in lam: slack - E_q[cost]. Hessian in (eta, lam): (1/eta) mean_b Cov_q of (z, cost).
+    In x: g_x = eta g_eta, g_xx = eta^2 g_etaeta + eta g_eta, the last term kept only where it adds convexity.
+    """
+    x = float(np.clip(-0.5 * np.log(2 * eps), MIN_LOG_ETA, MAX_LOG_ETA))
+    at = _dual_point(reward, cost, eps, slack, x, 0.0)
+    for iteration in range(1, max_iterations + 1):
+        if at.kkt <= tolerance:
+            return at.x, at.lam, at.kkt, iteration - 1
+        eta = np.exp(at.x)
+        var_z, h_xl, var_cost = _covariances(at.q, at.z, cost)
+        g_x, h_xx, h_ll = eta * at.g_eta, eta * (var_z + max(at.g_eta, 0.0)), var_cost / eta
+        determinant = h_xx * h_ll - h_xl * h_xl
+        if at.lam == 0.0 and at.g_lam >= 0.0:  # the bound holds lam; only eta moves
+            dx, dlam = -g_x / max(h_xx, 1e-300), 0.0
+        elif determinant > 1e-14 * h_xx * h_ll:
+            dx = -(h_ll * g_x - h_xl * at.g_lam) / determinant
+            dlam = -(h_xx * at.g_lam - h_xl * g_x) / determinant
+        else:
+            dx, dlam = -g_x / max(h_xx, 1e-300), -at.g_lam / max(h_ll, 1e-300)
+        shrink = min(1.0, 2.0 / max(abs(dx), 1e-300))  # at most a factor e^2 in eta at once
+        for halving in range(40):
+            step = shrink * 0.5**halving
+            new_x = float(np.clip(at.x + step * dx, MIN_LOG_ETA, MAX_LOG_ETA))
+            new = _dual_point(reward, cost, eps, slack, new_x, max(at.lam + step * dlam, 0.0))
+            predicted = g_x * (new.x - at.x) + at.g_lam * (new.lam - at.lam)
+            # Near the optimum the value's differences drown in rounding; there a falling residual decides.
+            if new.value <= at.value + 1e-4 * predicted or new.kkt <= 0.5 * at.kkt:
+                break
+        else:
+            return at.x, at.lam, at.kkt, iteration
+        at = new
+    return at.x, at.lam, at.kkt, max_iterations

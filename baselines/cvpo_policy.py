@@ -1,0 +1,170 @@
+"""CVPO's networks: a Gaussian actor with state-dependent mean and covariance, and all critics in one batch."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
+from torch import Tensor, nn
+
+N_REWARD_CRITICS = N_COST_CRITICS = 2
+
+
+class GaussianActor(nn.Module):
+    """observations [B, O] -> mean, std [B, A] of a diagonal Gaussian in the environment's action units (not squashed).
+
+    Without a backup: mean = centre + half_range tanh(.). With one: mean = backup(observations) + residual, whose last
+    layer starts at zero. std = half_range (0.001 + softplus(.)), at the start ``initial_std`` half ranges everywhere.
+    """
+
+    centre: Tensor
+    half_range: Tensor
+
+    def __init__(
+        self, obs_dim: int, action_space: spaces.Box, net_arch: list[int], initial_std: float, backup: nn.Module | None
+    ) -> None:
+        super().__init__()
+        low, high = torch.as_tensor(action_space.low), torch.as_tensor(action_space.high)
+        self.register_buffer("centre", (high + low) / 2)
+        self.register_buffer("half_range", (high - low) / 2)
+        self.floor = 1e-3
+        self.std_shift = float(np.log(np.expm1(initial_std - self.floor)))  # softplus(std_shift) = initial_std - floor
+        self.backup = backup
+        widths = [obs_dim, *net_arch]
+        layers = [m for i, o in pairwise(widths) for m in (nn.Linear(i, o), nn.ReLU())]
+        self.trunk = nn.Sequential(*layers)
+        self.mean = nn.Linear(widths[-1], low.numel())
+        self.raw_std = nn.Linear(widths[-1], low.numel())
+        nn.init.zeros_(self.raw_std.weight)
+        nn.init.zeros_(self.raw_std.bias)
+        if backup is not None:
+            nn.init.zeros_(self.mean.weight)
+            nn.init.zeros_(self.mean.bias)
+
+    def forward(self, observations: Tensor) -> tuple[Tensor, Tensor]:
+        latent = self.trunk(observations)
+        mean = self.mean(latent)
+        if self.backup is None:
+            mean = self.centre + self.half_range * torch.tanh(mean)
+        else:
+            with torch.no_grad():
+                action = self.backup(observations)
+            mean = action + mean
+        return mean, self.half_range * (self.floor + nn.functional.softplus(self.raw_std(latent) + self.std_shift))
+
+
+class Critics(nn.Module):
+    """``n`` action-value networks evaluated together: one batched matrix product per layer.
+
+    The first layer is split, W_s s + W_a a, so that K actions in one state share the state's part.
+    """
+
+    centre: Tensor
+    half_range: Tensor
+
+    def __init__(self, n: int, obs_dim: int, action_space: spaces.Box, net_arch: list[int]) -> None:
+        super().__init__()
+        low, high = torch.as_tensor(action_space.low), torch.as_tensor(action_space.high)
+        self.register_buffer("centre", (high + low) / 2)
+        self.register_buffer("half_range", (high - low) / 2)
+        self.n = n
+
+        def uniform(*shape: int, fan_in: int) -> nn.Parameter:
+            return nn.Parameter((2 * torch.rand(*shape) - 1) / np.sqrt(fan_in))  # torch's default for Linear
+
+        fan_in = obs_dim + low.numel()
+        self.state_weight = uniform(n, obs_dim, net_arch[0], fan_in=fan_in)
+        self.action_weight = uniform(n, low.numel(), net_arch[0], fan_in=fan_in)
+        self.first_bias = uniform(n, 1, net_arch[0], fan_in=fan_in)
+        widths = [*net_arch, 1]
+        self.weights = nn.ParameterList(uniform(n, i, o, fan_in=i) for i, o in pairwise(widths))
+        self.biases = nn.ParameterList(uniform(n, 1, o, fan_in=i) for i, o in pairwise(widths))
+
+    def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """observations: [B, O]; actions: [B, K, A] inside the action space -> values [n, B, K]."""
+        B, K, _ = actions.shape
+        scaled = ((actions - self.centre) / self.half_range).reshape(1, B * K, -1).expand(self.n, -1, -1)
+        state_part = torch.baddbmm(self.first_bias, observations.expand(self.n, -1, -1), self.state_weight)
+        hidden = torch.bmm(scaled, self.action_weight).view(self.n, B, K, -1) + state_part.unsqueeze(2)
+        hidden = hidden.relu_().view(self.n, B * K, -1)
+        for weight, bias in zip(list(self.weights)[:-1], list(self.biases)[:-1]):
+            hidden = torch.baddbmm(bias, hidden, weight).relu_()
+        return torch.baddbmm(self.biases[-1], hidden, self.weights[-1]).view(self.n, B, K)
+
+
+class CVPOPolicy(BasePolicy):
+    """Actor, critics (2 of the reward, then 2 of the cost), their slowly following targets, and optimisers.
+
+    net_arch: hidden widths of every network; backup: module, observations [B, O] -> actions [B, A], environment units.
+    """
+
+    def __init__(
+        self, observation_space: spaces.Box, action_space: spaces.Box, lr_schedule: Any, *, net_arch: list[int],
+        initial_std: float, actor_lr: float, critic_lr: float, backup: nn.Module | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(observation_space, action_space)
+        obs_dim = int(np.prod(observation_space.shape))
+
+        def new_actor() -> GaussianActor:
+            return GaussianActor(obs_dim, action_space, net_arch, initial_std, backup)
+
+        def new_critics() -> Critics:
+            return Critics(N_REWARD_CRITICS + N_COST_CRITICS, obs_dim, action_space, net_arch)
+
+        self.actor, self.actor_target = new_actor(), new_actor()
+        self.critics, self.critics_target = new_critics(), new_critics()
+        self.actor_target.load_state_dict(self.actor.state_dict())
+        self.critics_target.load_state_dict(self.critics.state_dict())
+        for module in (self.actor_target, self.critics_target):
+            module.requires_grad_(False)
+        trained = [p for name, p in self.actor.named_parameters() if not name.startswith("backup.")]
+        self.actor_optimizer = torch.optim.Adam(trained, lr=actor_lr, fused=True)
+        self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), lr=critic_lr, fused=True)
+
+    def follow(self, tau: float) -> None:
+        """targets += tau (networks - targets)."""
+        with torch.no_grad():
+            for online, target in ((self.actor, self.actor_target), (self.critics, self.critics_target)):
+                for p, q in zip(online.parameters(), target.parameters()):
+                    q.lerp_(p, tau)
+
+    def pessimistic_values(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """[4, ...] -> (lowest reward value, highest cost value), each [...]."""
+        return values[:N_REWARD_CRITICS].amin(dim=0), values[N_REWARD_CRITICS:].amax(dim=0)
+
+    def forward(self, observations: Tensor, deterministic: bool = False) -> Tensor:
+        return self._predict(observations, deterministic)
+
+    def _predict(self, observation: Any, deterministic: bool = False) -> Tensor:
+        mean, std = self.actor(observation.reshape(len(observation), -1).float())
+        return mean if deterministic else mean + std * torch.randn_like(mean)
+
+
+def gaussian_kl_split(mean: Tensor, std: Tensor, old_mean: Tensor, old_std: Tensor) -> tuple[Tensor, Tensor]:
+    """(KL_mu, KL_Sigma) per state [B] of diagonal Gaussians [B, A], summed over action dimensions.
+
+    KL_mu = KL(N(old_mean, old_std) || N(mean, old_std)), KL_Sigma = KL(N(old_mean, old_std) || N(old_mean, std)): the
+    two are constrained apart. Source: Abdolmaleki et al. 2018, arXiv 1812.02256, section 4.2 and appendix.
+    """
+    kl_mean = 0.5 * ((mean - old_mean) / old_std).square().sum(dim=-1)
+    ratio = (old_std / std).square()
+    kl_covariance = 0.5 * (ratio - 1 - ratio.log()).sum(dim=-1)
+    return kl_mean, kl_covariance
+
+
+def weighted_nll_split(
+    mean: Tensor, std: Tensor, old_mean: Tensor, old_std: Tensor, actions: Tensor, weights: Tensor
+) -> Tensor:
+    """-mean_b sum_k q_bk [log N(a; mean, old_std) + log N(a; old_mean, std)], up to a constant.
+
+    mean, std, old_*: [B, A]; actions: [B, K, A]; weights q: [B, K], rows summing to one. Only two moments of q enter.
+    """
+    first = torch.einsum("bk,bka->ba", weights, actions)
+    second = torch.einsum("bk,bka->ba", weights, (actions - old_mean.unsqueeze(1)).square())
+    mean_term = 0.5 * ((mean - first) / old_std).square()
+    covariance_term = std.log() + 0.5 * second / std.square()
+    return (mean_term + covariance_term).sum(dim=-1).mean()

@@ -1,0 +1,96 @@
+"""Replay of transitions with costs, sampled as n-step returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+FIELDS = ("observations", "actions", "rewards", "costs", "next_observations", "terminated", "ends")
+
+
+@dataclass
+class Transitions:
+    """B sampled n-step transitions."""
+
+    observations: Array
+    """[B, O]"""
+    actions: Array
+    """[B, A], as applied (inside the action space)."""
+    rewards: Array
+    """[B]: sum_{i<m} gamma^i r_{t+i}, m <= n the steps to the episode's end or to the newest stored step."""
+    costs: Array
+    """[B]: the same sum of costs."""
+    next_observations: Array
+    """[B, O]: m steps on."""
+    discounts: Array
+    """[B]: gamma^m, or 0 where the episode terminated (a truncated one bootstraps)."""
+
+
+class CostReplay:
+    """Ring buffer of ``buffer_size`` transitions over N environments; SB3 calls the constructor as its own buffers'."""
+
+    def __init__(
+        self, buffer_size: int, observation_space: Any, action_space: Any, device: Any = None, n_envs: int = 1,
+        optimize_memory_usage: bool = False,
+    ) -> None:  # fmt: skip
+        self.rows, self.n_envs = max(buffer_size // n_envs, 1), n_envs
+        shape, obs_dim = (self.rows, n_envs), int(np.prod(observation_space.shape))
+        self.observations, self.next_observations = (np.zeros((*shape, obs_dim), np.float32) for _ in range(2))
+        self.actions = np.zeros((*shape, int(np.prod(action_space.shape))), np.float32)
+        self.rewards, self.costs = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        self.terminated, self.ends = np.zeros(shape, np.bool_), np.zeros(shape, np.bool_)
+        self.position, self.stored = 0, 0
+
+    def add(self, **row: NDArray[Any]) -> None:
+        """One vectorised step: every name in ``FIELDS``, each [N, ...]."""
+        for name in FIELDS:
+            getattr(self, name)[self.position] = row[name]
+        self.position = (self.position + 1) % self.rows
+        self.stored = min(self.stored + 1, self.rows)
+
+    def sample(
+        self, batch_size: int, n_step: int, gamma: float, rng: np.random.Generator,
+        normalise_rewards: Callable[[Array], Array] = lambda rewards: rewards,
+    ) -> Transitions:  # fmt: skip
+        """Uniform over stored steps, with replacement."""
+        age = rng.integers(self.stored, size=batch_size)  # 0: the newest row
+        env = rng.integers(self.n_envs, size=batch_size)
+        offset = np.arange(n_step)
+        rows = (self.position - 1 - age[:, None] + offset) % self.rows
+        ends = self.ends[rows, env[:, None]]
+        ended_before = np.cumsum(ends, axis=1) - ends > 0
+        used = (offset <= age[:, None]) & ~ended_before
+        weights = np.where(used, gamma**offset, 0.0).astype(np.float32)
+        last = used.sum(axis=1) - 1
+        last_row = rows[np.arange(batch_size), last]
+        going = ~self.terminated[last_row, env]
+        return Transitions(
+            self.observations[rows[:, 0], env],
+            self.actions[rows[:, 0], env],
+            np.einsum("bn,bn->b", weights, normalise_rewards(self.rewards[rows, env[:, None]])),
+            np.einsum("bn,bn->b", weights, self.costs[rows, env[:, None]]),
+            self.next_observations[last_row, env],
+            (gamma ** (last + 1.0) * going).astype(np.float32),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is stored, as tensors: SB3's ``save`` writes it beside the networks."""
+        arrays = {name: torch.from_numpy(getattr(self, name)[: self.stored].copy()) for name in FIELDS}
+        return arrays | {"position": self.position, "stored": self.stored}
+
+    def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
+        """Raises ValueError if the state comes from another number of environments or a larger buffer."""
+        if state["stored"] > self.rows or state["rewards"].shape[1] != self.n_envs:
+            raise ValueError(
+                f"replay: saved {tuple(state['rewards'].shape)} (steps, environments), this buffer holds "
+                f"{(self.rows, self.n_envs)}"
+            )
+        for name in FIELDS:
+            getattr(self, name)[: state["stored"]] = state[name].numpy()
+        self.position, self.stored = state["position"], state["stored"]

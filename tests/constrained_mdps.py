@@ -1,0 +1,155 @@
+"""Two small constrained MDPs with known optima, as Gymnasium environments and as one vectorised environment of each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import VecEnv
+
+
+class TwoState:
+    """States 0 and 1; the action is the probability of moving to (or staying in) state 1.
+
+    Reward: 1 for a move 0 -> 1, 0.4 for staying in 1, else 0. Cost: 1 whenever the next state is 1. Per step, with x01 and x11 the
+    shares of the two rewarded moves: maximise x01 + 0.4 x11 subject to x01 + x11 <= limit per step. Up to a limit of one half per
+    step the whole allowance goes into x01 (it pays more), reached by p(0) = limit / (1 - limit), p(1) = 0. Hence the optimal
+    return equals the cost limit; unconstrained, alternating gives 0.5 per step.
+    Observation: one-hot state. Action: Box(-1, 1), p = (a + 1) / 2; or Discrete(2), the next state itself.
+    """
+
+    steps = 40
+    observation_space = spaces.Box(0.0, 1.0, (2,), np.float32)
+    unconstrained_return_per_step = 0.5
+
+    def __init__(self, discrete: bool = False) -> None:
+        self.discrete = discrete
+        self.action_space = spaces.Discrete(2) if discrete else spaces.Box(-1.0, 1.0, (1,), np.float32)
+
+    @staticmethod
+    def optimal_return(cost_limit: float) -> float:
+        return cost_limit
+
+    def start(self, n: int, rng: np.random.Generator) -> Any:
+        return np.zeros(n, np.int64)
+
+    def observe(self, state: Any) -> Any:
+        return np.eye(2, dtype=np.float32)[state]
+
+    def step(self, state: Any, actions: Any, rng: np.random.Generator) -> Any:
+        probability = actions if self.discrete else (actions[:, 0] + 1) / 2
+        following = (rng.random(len(state)) < probability).astype(np.int64)
+        rewards = np.where(following == 1, np.where(state == 0, 1.0, 0.4), 0.0)
+        return following, rewards, following.astype(np.float64)
+
+
+class Speed:
+    """Speed v' = 0.8 v + 0.2 a, reward v', cost v'^2: go far on a budget of energy.
+
+    By Cauchy-Schwarz, the sum of T speeds is at most sqrt(T C) when their squares sum to C, with equality for constant speed.
+    Episodes start at that speed, v0 = sqrt(C/T), so a = v is optimal and the bound is attained: optimal return sqrt(T C).
+    Unconstrained, a = 1. Observation: v. Action: Box(-1, 1).
+    """
+
+    steps = 40
+    discrete = False
+    observation_space = spaces.Box(-2.0, 2.0, (1,), np.float32)
+    action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
+
+    def __init__(self, cost_limit: float = 10.0) -> None:
+        self.cost_limit = cost_limit
+
+    def optimal_return(self, cost_limit: float) -> float:
+        return float(np.sqrt(self.steps * cost_limit))
+
+    def start(self, n: int, rng: np.random.Generator) -> Any:
+        return np.full(n, np.sqrt(self.cost_limit / self.steps))
+
+    def observe(self, state: Any) -> Any:
+        return state[:, None].astype(np.float32)
+
+    def step(self, state: Any, actions: Any, rng: np.random.Generator) -> Any:
+        following = 0.8 * state + 0.2 * actions[:, 0]
+        return following, following.copy(), following**2
+
+
+class MdpEnv(gym.Env):
+    """One of the above, one environment."""
+
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - gymnasium's own declaration
+
+    def __init__(self, mdp: Any) -> None:
+        self.mdp = mdp
+        self.observation_space, self.action_space = mdp.observation_space, mdp.action_space
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.state, self.elapsed = self.mdp.start(1, self.np_random), 0
+        return self.mdp.observe(self.state)[0], {}
+
+    def step(self, action: Any) -> Any:
+        self.state, rewards, costs = self.mdp.step(self.state, np.asarray(action)[None], self.np_random)
+        self.elapsed += 1
+        truncated = self.elapsed >= self.mdp.steps
+        return self.mdp.observe(self.state)[0], float(rewards[0]), False, truncated, {"cost": float(costs[0])}
+
+
+class MdpVecEnv(VecEnv):
+    """``num_envs`` copies in one array: quick, and copyable in mid-episode (``copy.deepcopy``)."""
+
+    def __init__(self, mdp: Any, num_envs: int = 10) -> None:
+        self.mdp = mdp
+        super().__init__(num_envs, mdp.observation_space, mdp.action_space)
+        self.rng = np.random.default_rng(0)
+
+    def seed(self, seed: int | None = None) -> Any:
+        self.rng = np.random.default_rng(seed)
+        return [seed] * self.num_envs
+
+    def reset(self) -> Any:
+        self.state, self.elapsed = self.mdp.start(self.num_envs, self.rng), 0
+        return self.mdp.observe(self.state)
+
+    def step_async(self, actions: Any) -> None:
+        self.actions = actions
+
+    def step_wait(self) -> Any:
+        self.state, rewards, costs = self.mdp.step(self.state, self.actions, self.rng)
+        self.elapsed += 1
+        infos: list[dict[str, Any]] = [{"cost": float(cost)} for cost in costs]
+        done = self.elapsed >= self.mdp.steps
+        observations = self.mdp.observe(self.state)
+        if done:
+            for info, observation in zip(infos, observations):
+                info |= {"TimeLimit.truncated": True, "terminal_observation": observation}
+            observations = self.reset()
+        return observations, rewards.astype(np.float32), np.full(self.num_envs, done), infos
+
+    def close(self) -> None:
+        pass
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> Any:
+        return [getattr(self, attr_name, None)] * self.num_envs
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        raise NotImplementedError
+
+    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> Any:
+        return [False] * self.num_envs
+
+
+def episode_means(agent: Any, mdp: Any, episodes: int = 200, deterministic: bool = False, seed: int = 1) -> Any:
+    """(mean return, mean cost) of a policy over whole episodes."""
+    rng = np.random.default_rng(seed)
+    state, returns, costs = mdp.start(episodes, rng), np.zeros(episodes), np.zeros(episodes)
+    for _ in range(mdp.steps):
+        actions, _ = agent.predict(mdp.observe(state), deterministic=deterministic)
+        state, rewards, step_costs = mdp.step(state, actions, rng)
+        returns += rewards
+        costs += step_costs
+    return float(returns.mean()), float(costs.mean())
