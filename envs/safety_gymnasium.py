@@ -16,7 +16,6 @@ import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.error import DependencyNotInstalled, ResetNeeded
-
 from scpo_bench.envs.safety_gymnasium_tasks import COST_LIMIT, TASKS, SafetyTask, task_metadata
 
 __all__ = [
@@ -201,7 +200,7 @@ class SafetyNavigationEnv(gymnasium.Env):
             self.render()
         return observation, float(reward), terminated, truncated, info
 
-    def render(self) -> np.ndarray | None:  # type: ignore[override]
+    def render(self) -> np.ndarray | None:
         """A frame: (height, width, 3) uint8 or, for ``depth_array``, (height, width) float32; ``None`` for ``human``.
 
         Raises:
@@ -328,7 +327,7 @@ class SafetyVelocityEnv(gymnasium.Env):
         info["cost"] = float(cost)
         return observation, float(reward), bool(terminated), truncated, info
 
-    def render(self) -> np.ndarray | None:  # type: ignore[override]
+    def render(self) -> np.ndarray | None:
         """A frame of the robot, as gymnasium's v4 draws it."""
         return self._inner.render()
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import mujoco
 import numpy as np
-
 from scpo_bench.envs.safety_gymnasium_package import original, private_modules
 
 __all__ = ["builder_class", "dump_episode", "load_episode", "mixed"]
@@ -56,6 +55,9 @@ class CurrentTask:
         """Compile the world for a configuration that an earlier reset has drawn (see ``dump_episode``)."""
         self.world = original().world.World(self.agent, self._obstacles, config)
         self.world.build()
+
+    def rebind(self: Any) -> None:
+        """Called on a task that was unpickled, with its world in place."""
 
     def _get_viewer(self: Any, mode: str) -> Any:
         """The viewer of a mode, made when first asked for: its constructor wants the size of the frame now."""
@@ -108,8 +110,10 @@ def builder_class(*, fast: bool, drawn: bool) -> type:
         fast: use the fast path.
         drawn: frames will be drawn, so the world needs its sky.
     """
-    mixins: tuple[type, ...] = (CurrentTask,)
-    return type("Builder", (SeededBuilder, original().builder), {"task_mixins": mixins})
+    from scpo_bench.envs.safety_gymnasium_fast import FastTask, FastUnseenTask  # it builds on this module
+
+    mixin: type = CurrentTask if not fast else FastTask if drawn else FastUnseenTask
+    return type("Builder", (SeededBuilder, original().builder), {"task_mixins": (mixin,)})
 
 
 class _EpisodePickler(pickle.Pickler):
@@ -180,5 +184,6 @@ def load_episode(builder: Any, episode: dict[str, Any] | None) -> None:
     with private_modules():
         state = _EpisodeUnpickler(io.BytesIO(episode["objects"]), model, data).load()
     vars(builder).update(state)
+    builder.task.rebind()
     builder.task._viewers = {}
     builder.task.viewer = None
