@@ -1,0 +1,210 @@
+"""Statistics over seeds: what a handful of runs says about an agent, with intervals. Pure functions of arrays.
+
+Scores of one agent are a list with one array per task (strata), each with one score per seed: ``[array(seeds of task
+1), ...]``. Definitions follow Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice",
+arXiv 2108.13264 (IQM, stratified bootstrap, probability of improvement, performance profiles). Every interval repeats
+exactly for a given seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+Floats = npt.NDArray[np.float64]
+SEED = 20251213
+"""Of all resampling. A constant, so that a leaderboard is a function of its records."""
+RESAMPLES = 2000
+PRELIMINARY_BELOW = 10
+"""Fewer seeds than this and percentile intervals cover too little (95 % nominal: 77 % with 3 seeds, 92 % with 5, 94 %
+with 10).
+"""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number and its confidence interval; low and high are nan where there is too little to tell."""
+
+    value: float
+    low: float
+    high: float
+
+    def overlaps(self, other: Estimate) -> bool:
+        """Whether the data leave open which is larger. An unknown interval leaves everything open."""
+        if any(map(math.isnan, (self.low, self.high, other.low, other.high))):
+            return True
+        return self.low <= other.high and other.low <= self.high
+
+
+UNKNOWN = Estimate(math.nan, math.nan, math.nan)
+
+
+def iqm(scores: npt.ArrayLike) -> float:
+    """Interquartile mean: the mean without the lowest and the highest quarter (floor(n / 4) scores each). nan if
+    empty.
+    """
+    flat = np.asarray(scores, dtype=float).ravel()
+    return float(stats.trim_mean(flat, 0.25)) if flat.size else math.nan
+
+
+def _iqm_of_strata(*strata: Floats, axis: int = -1) -> Any:
+    return stats.trim_mean(np.concatenate(strata, axis=axis), 0.25, axis=axis)
+
+
+def _interval(
+    samples: Sequence[Floats], statistic: Any, seed: int, level: float, resamples: int
+) -> tuple[float, float]:
+    """Percentile interval of ``statistic`` under resampling each of ``samples`` apart; nan if one of them has a
+    single score.
+    """
+    if any(len(sample) < 2 for sample in samples):
+        return math.nan, math.nan
+    result = stats.bootstrap(
+        tuple(samples),
+        statistic,
+        n_resamples=resamples,
+        vectorized=True,
+        confidence_level=level,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def _strata(scores: Sequence[npt.ArrayLike]) -> list[Floats]:
+    strata = [np.asarray(s, dtype=float) for s in scores]
+    if any(s.ndim != 1 for s in strata):
+        raise ValueError("scores: expected one array [seeds] per task")
+    if any(np.isnan(s).any() for s in strata):
+        raise ValueError("scores: nan is no score; put failed runs at the floor")
+    return [s for s in strata if s.size]
+
+
+def iqm_interval(
+    scores: Sequence[npt.ArrayLike], *, seed: int = SEED, level: float = 0.95, resamples: int = RESAMPLES
+) -> Estimate:
+    """IQM of all scores of all tasks, with a bootstrap interval stratified by task. scores: per task [seeds].
+
+    Raises ValueError for nan. UNKNOWN without scores; the interval is nan where a task has a single seed.
+    """
+    strata = _strata(scores)
+    if not strata:
+        return UNKNOWN
+    return Estimate(iqm(np.concatenate(strata)), *_interval(strata, _iqm_of_strata, seed, level, resamples))
+
+
+def _improvement(x: Floats, y: Floats) -> Any:
+    """P(X > Y) + P(X = Y) / 2 over all pairs. x: [..., n], y: [..., m] -> [...]: the Mann-Whitney statistic divided
+    by n m.
+    """
+    # Counted through sorted order would save memory for hundreds of seeds; runs per task are few.
+    difference = x[..., :, None] - y[..., None, :]
+    return (difference > 0).mean(axis=(-2, -1)) + 0.5 * (difference == 0).mean(axis=(-2, -1))
+
+
+def probability_of_improvement(
+    x: Sequence[npt.ArrayLike],
+    y: Sequence[npt.ArrayLike],
+    *,
+    seed: int = SEED,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+) -> Estimate:
+    """Chance that a run of X scores higher than one of Y on a random task (ties count half). x, y: per task [seeds],
+    same tasks.
+
+    Raises ValueError for nan or where the numbers of tasks differ. UNKNOWN without scores.
+    """
+    if len(x) != len(y):
+        raise ValueError(f"probability of improvement: {len(x)} tasks against {len(y)}")
+    pairs = [(a, b) for a, b in zip(map(np.asarray, x), map(np.asarray, y)) if a.size and b.size]
+    if not pairs:
+        return UNKNOWN
+    xs, ys = _strata([a for a, _ in pairs]), _strata([b for _, b in pairs])
+
+    def statistic(*samples: Floats, axis: int = -1) -> Any:
+        moved = [np.moveaxis(s, axis, -1) for s in samples]
+        return np.mean([_improvement(a, b) for a, b in zip(moved[: len(xs)], moved[len(xs) :])], axis=0)
+
+    value = float(np.mean([_improvement(a, b) for a, b in zip(xs, ys)]))
+    return Estimate(value, *_interval([*xs, *ys], statistic, seed, level, resamples))
+
+
+def performance_profile(scores: Sequence[npt.ArrayLike], thresholds: npt.ArrayLike) -> Floats:
+    """[thresholds] share of runs, averaged over tasks, that score above each threshold. scores: per task [seeds]."""
+    strata, tau = _strata(scores), np.asarray(thresholds, dtype=float)
+    if not strata:
+        return np.full(tau.shape, math.nan)
+    return np.mean([(s[:, None] > tau[None, :]).mean(axis=0) for s in strata], axis=0)
+
+
+def wilson(successes: int, trials: int, level: float = 0.95) -> Estimate:
+    """A share with Wilson's score interval (JASA 22, 1927), which is sensible at 0 and at all of them. UNKNOWN
+    without trials.
+    """
+    if not 0 <= successes <= trials:
+        raise ValueError(f"wilson: {successes} of {trials} is not a share")
+    if not trials:
+        return UNKNOWN
+    z = float(stats.norm.ppf(0.5 + level / 2))
+    share = successes / trials
+    centre = share + z * z / (2 * trials)
+    spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    low, high = ((centre + sign * spread) / (1 + z * z / trials) for sign in (-1, 1))
+    # At the ends the bound is the end itself; rounding would put it beside it.
+    return Estimate(share, 0.0 if successes == 0 else low, 1.0 if successes == trials else high)
+
+
+def mean_interval(values: npt.ArrayLike, level: float = 0.95) -> Estimate:
+    """Mean with Student's interval; with few seeds it is wider, and so safer to base "safe" on, than a bootstrap. nan
+    ends for n < 2.
+    """
+    flat = np.asarray(values, dtype=float).ravel()
+    if not flat.size:
+        return UNKNOWN
+    mean = float(flat.mean())
+    if flat.size < 2:
+        return Estimate(mean, math.nan, math.nan)
+    half = float(stats.t.ppf(0.5 + level / 2, flat.size - 1)) * float(flat.std(ddof=1)) / math.sqrt(flat.size)
+    return Estimate(mean, mean - half, mean + half)
+
+
+def cvar(values: npt.ArrayLike, level: float = 0.95, weights: npt.ArrayLike | None = None) -> float:
+    """Mean of the worst (largest) share 1 - level of the distribution, the value at the boundary counted in part. nan
+    if empty.
+
+    values: [n]; weights: [n], not negative, relative frequencies (equal by default).
+    Source: Rockafellar and Uryasev, "Conditional value-at-risk for general loss distributions", 2002, for discrete
+    distributions.
+    """
+    x = np.asarray(values, dtype=float)
+    w = np.ones_like(x) if weights is None else np.asarray(weights, dtype=float)
+    if not 0 <= level < 1:
+        raise ValueError(f"cvar: level: expected a number in [0, 1), got {level}")
+    if not w.sum() > 0:
+        return math.nan
+    order = np.argsort(-x, kind="stable")
+    x, w = x[order], w[order] / w.sum()
+    tail = 1.0 - level
+    before = np.concatenate([[0.0], np.cumsum(w)[:-1]])
+    return float((x * np.clip(tail - before, 0.0, w)).sum() / tail)
+
+
+def censored_quantile(times: npt.ArrayLike, q: float) -> float:
+    """The smallest time by which at least a share q of the runs had come; inf ("never") if fewer ever did. nan if
+    empty.
+
+    times: [runs], inf where the run ended first. Runs share one budget, so the empirical distribution is Kaplan and
+    Meier's estimate, and no average of censored times is ever taken.
+    """
+    flat = np.sort(np.asarray(times, dtype=float))
+    flat = flat[~np.isnan(flat)]
+    if not flat.size:
+        return math.nan
+    return float(flat[min(flat.size, max(1, math.ceil(q * flat.size - 1e-9))) - 1])
