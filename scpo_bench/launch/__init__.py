@@ -1,1 +1,1 @@
-"""Package."""
+"""Running many cells: local processes, one cell each."""

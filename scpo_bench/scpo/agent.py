@@ -52,7 +52,7 @@ class SCPOConfig(GradientDescentConfig):
     """verified mode: projections per update before the update is given up and the policy stays."""
     sharpness: float = 50.0
     """Sharpness of the log-sum-exp maximum over states and steps, per unit of relative constraint value."""
-    evaluation_starts: int = 192
+    evaluation_starts: int = 128
     """Start states of a constraint evaluation."""
 
     def __post_init__(self) -> None:

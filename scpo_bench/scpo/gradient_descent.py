@@ -100,6 +100,7 @@ class GradientDescent(BaseAlgorithm):
         self.w: Floats = np.zeros(0)
         self._observations: Any = None  # [n, obs_dim] and [n, action_dim], oldest first
         self._labels: Any = None
+        self._reference: Any = None
         self._optimizer_state: dict[str, Any] | None = None
         self._space: ParameterSpace | None = None
         if _init_setup_model:
@@ -132,9 +133,12 @@ class GradientDescent(BaseAlgorithm):
         return self._space
 
     def _reference_observations(self) -> torch.Tensor:
-        """Observations [n, obs_dim] over which a step's effect on the actions is measured: the labelled ones seen so far."""
-        if not hasattr(self, "_reference"):
-            self._reference = np.array(self._observations)
+        """Observations [n, obs_dim] over which a step's effect on the actions is measured."""
+        if self._reference is None:
+            task = getattr(self.env.unwrapped, "task", None)  # type: ignore[union-attr]
+            # A batched task says where its episodes start; elsewhere the labelled observations at hand must do.
+            known = np.array(self._observations) if task is None else np.stack(task.design_starts(1024), axis=-1)
+            self._reference = known
         return torch.as_tensor(self._reference, dtype=torch.float64)
 
     def learn(

@@ -17,7 +17,7 @@ from scpo_bench.scpo.parameters import ParameterSpace
 from scpo_bench.scpo.projection import Floats
 
 # Policies are evaluated in groups of about this many (policy, start) pairs: the working set then stays in the processor's cache.
-PAIRS_AT_ONCE = 4096
+PAIRS_AT_ONCE = 8192
 
 
 @dataclass

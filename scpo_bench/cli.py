@@ -1,0 +1,235 @@
+"""The command line: argument handling and printing. Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import enum
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Safe-RL benchmark: what happens to safety at every policy update.",
+)
+
+ResultsOption = Annotated[Path, typer.Option("--results", help="Folder of run records.")]
+FileOption = Annotated[Path | None, typer.Option("--file", help="Suites file [default: ./benchmarks.yaml, else the packaged one].")]
+JobsOption = Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time, one process each.")]
+SeedsOption = Annotated[int | None, typer.Option("--seeds", min=1, help="Seeds per agent and task [default: the suite's].")]
+
+
+class Listing(enum.StrEnum):
+    tasks = "tasks"
+    agents = "agents"
+    suites = "suites"
+
+
+class TableFormat(enum.StrEnum):
+    table = "table"
+    md = "md"
+    latex = "latex"
+    csv = "csv"
+    json = "json"
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    # A pipe or a log file has no width of its own: 120 columns hold the leaderboard.
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def _names(values: list[str] | None) -> list[str] | None:
+    """``--agents scpo,sgd --agents ppo`` -> ["scpo", "sgd", "ppo"]."""
+    return [name for value in values for name in value.split(",") if name] if values else None
+
+
+def _benchmarks(file: Path | None) -> Any:
+    from scpo_bench.benchmark import default_file, load_benchmarks
+
+    return load_benchmarks(file or default_file())
+
+
+@app.command("list")
+def list_(what: Annotated[Listing, typer.Argument(help="tasks, agents or suites")], file: FileOption = None) -> None:
+    """What can be run."""
+    from rich.table import Table
+
+    from scpo_bench import registry
+
+    table = Table(box=None, pad_edge=False)
+    if what is Listing.agents:
+        for column in ("agent", "what it is", "needs"):
+            table.add_column(column)
+        for agent in registry.agents().values():
+            needs = ["labels"] * agent.needs_labels + ["batched task"] * agent.needs_batched
+            table.add_row(agent.name, agent.summary, ", ".join(needs))
+    elif what is Listing.suites:
+        for column in ("suite", "tasks", "agents", "seeds", "description"):
+            table.add_column(column)
+        for name, suite in _benchmarks(file).suites.items():
+            agents = dict.fromkeys(agent for entry in suite.tasks for agent in entry.agents)
+            table.add_row(name, str(len(suite.tasks)), " ".join(agents), str(suite.seeds), suite.description)
+    else:
+        for column in ("family", "task", "horizon", "cost limit", ""):
+            table.add_column(column)
+        previous = None
+        for task in registry.tasks().values():
+            family = task.family if task.family != previous else ""
+            table.add_row(family, task.id, str(task.horizon), f"{task.cost_limit:g}", task.summary)
+            previous = task.family
+    _console().print(table)
+
+
+@app.command()
+def run(
+    suite: Annotated[str, typer.Argument(help="Name of a suite; `list suites` shows them.")],
+    agents: Annotated[list[str] | None, typer.Option(help="Only these (comma-separated); module:Class adds yours.")] = None,
+    tasks: Annotated[list[str] | None, typer.Option(help="Only these tasks (comma-separated).")] = None,
+    seeds: SeedsOption = None,
+    jobs: JobsOption = 1,
+    results: ResultsOption = Path("results"),
+    file: FileOption = None,
+) -> None:
+    """Run a suite. Finished runs are kept and not run again."""
+    from scpo_bench.benchmark import cells, get_suite
+
+    chosen = get_suite(_benchmarks(file), suite)
+    _run(cells(chosen, _names(agents), _names(tasks), seeds), suite, results, jobs)
+
+
+def _run(todo: list[Any], suite: str, results: Path, jobs: int) -> None:
+    from scpo_bench.launch.local import run_cells
+    from scpo_bench.registry import load_agent
+
+    console = _console()
+    for name in dict.fromkeys(cell.agent for cell in todo if ":" in cell.agent):
+        load_agent(name)  # a mistyped module:Class is one error now, not one per run
+    try:
+        outcome = run_cells(todo, suite, results, jobs, console)
+    except KeyboardInterrupt:
+        console.print("interrupted; finished runs are kept, the same command goes on from here")
+        raise typer.Exit(130) from None
+    console.print(
+        f"{outcome.finished} run, {outcome.skipped} already there, {len(outcome.failed)} failed; records in {results / suite}",
+        highlight=False,
+    )
+    if outcome.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    agents: Annotated[list[str], typer.Argument(help="Agents to compare, by name or module:Class.")],
+    task: Annotated[str, typer.Option(help="Gymnasium id.")],
+    seeds: Annotated[int, typer.Option(min=1)] = 3,
+    steps: Annotated[int | None, typer.Option(min=1, help="Interaction steps per run [default: as in suite quick, or 100000].")] = None,
+    jobs: JobsOption = 1,
+    results: ResultsOption = Path("results"),
+    cost_limit: Annotated[float | None, typer.Option(min=0, help="Cost per episode [default: the task's].")] = None,
+    file: FileOption = None,
+) -> None:
+    """Run agents on one task and print the table."""
+    from scpo_bench.benchmark import cells, comparison, run_folder
+
+    suite_name, suite = comparison(_benchmarks(file), agents, task, seeds, steps, cost_limit)
+    todo = cells(suite)
+    try:
+        _run(todo, suite_name, results, jobs)
+    finally:
+        if any(run_folder(results, suite_name, cell).exists() for cell in todo):
+            leaderboard(suite_name, results, TableFormat.table, file)
+
+
+@app.command()
+def leaderboard(
+    suite: Annotated[str | None, typer.Argument(help="Only this suite.")] = None,
+    results: ResultsOption = Path("results"),
+    format: Annotated[TableFormat, typer.Option(help="Output format.")] = TableFormat.table,
+    file: FileOption = None,
+) -> None:
+    """The table of all records: feasibility first, then return."""
+    from scpo_bench.benchmark import BenchmarkError, cells
+    from scpo_bench.leaderboard import render, tables
+
+    suites = _benchmarks(file).suites
+    names = [suite] if suite else sorted(p.name for p in results.iterdir() if p.is_dir()) if results.is_dir() else []
+    shown = 0
+    for name in names:
+        planned = cells(suites[name]) if name in suites else None
+        if not (results / name).is_dir():
+            continue
+        table = tables.leaderboard(tables.load(results, name, planned))
+        if format is TableFormat.table:
+            render.print_table(table, _console(), title=name)
+        else:
+            typer.echo(render.render(table, format.value, title=name))
+        shown += 1
+    if not shown:
+        hint = f"`scpo-bench run {suite or 'SUITE'} --results {results}` makes some"
+        raise BenchmarkError(f"no records{f' of suite {suite!r}' if suite else ''} in '{results}'; {hint}")
+
+
+@app.command()
+def plot(
+    suite: Annotated[str, typer.Argument(help="Suite whose records to plot.")],
+    results: ResultsOption = Path("results"),
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the figures [default: RESULTS/SUITE/plots].")] = None,
+    format: Annotated[str, typer.Option(help="png, svg or pdf (comma-separated).")] = "png",
+) -> None:
+    """Figures per update: objective, worst constraint value, violations; SCPO's certificate against what was realised."""
+    from scpo_bench.benchmark import BenchmarkError
+    from scpo_bench.leaderboard import plots
+
+    formats = tuple(format.split(","))
+    for name in formats:
+        if name not in ("png", "svg", "pdf"):
+            raise BenchmarkError(f"--format: expected png, svg or pdf, got '{name}'")
+    if not (results / suite).is_dir():
+        raise BenchmarkError(f"no records of suite '{suite}' in '{results}'")
+    for path in plots.plot_suite(results, suite, output or results / suite / "plots", formats):
+        typer.echo(path)
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, what is missing, and how to get it."""
+    from rich.table import Table
+
+    from scpo_bench.harness import describe_environment
+
+    rows = describe_environment()
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for what, found, hint in rows:
+        table.add_row(what, found, f"[yellow]{hint}[/yellow]" if hint else "[green]ok[/green]")
+    _console().print(table)
+    if any(hint for _, _, hint in rows):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line on stderr and exit status 2."""
+    try:
+        app()
+    except (ValueError, KeyError, OSError) as error:
+        if not _is_users(error):
+            raise
+        typer.echo(f"scpo-bench: {error}", err=True)
+        sys.exit(2)
+
+
+def _is_users(error: Exception) -> bool:
+    from scpo_bench.benchmark import BenchmarkError
+    from scpo_bench.launch.local import LaunchError
+    from scpo_bench.records import RecordError
+    from scpo_bench.registry import UnknownNameError
+
+    return isinstance(error, BenchmarkError | LaunchError | RecordError | UnknownNameError)
+
+
+if __name__ == "__main__":
+    main()

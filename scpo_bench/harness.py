@@ -1,0 +1,178 @@
+"""Runs one cell: task + agent + recorder -> one run folder."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
+
+from scpo_bench.policies import AffineBackup, BackupActorCriticPolicy
+from scpo_bench.recorder import Evaluator, RecordingVecEnv, UpdateRecorder
+from scpo_bench.records import Cell, Run, UpdateLog, digest, write_run
+from scpo_bench.registry import load_agent
+from scpo_bench.vec_env import NativeVecEnv
+
+PACKAGES = ("scpo-bench", "torch", "numpy", "gymnasium", "stable-baselines3", "mujoco", "safety-gymnasium", "scipy")
+
+
+def make_training_env(cell: Cell) -> VecEnv:
+    """The cell's vector environment: native where the task has one, else instances stepped in this process."""
+    spec = gym.spec(cell.task)
+    if spec.vector_entry_point is not None:
+        vector_env = gym.make_vec(cell.task, num_envs=cell.num_envs, vectorization_mode="vector_entry_point", **cell.env)
+        return NativeVecEnv(vector_env)
+    return DummyVecEnv([functools.partial(gym.make, cell.task, **cell.env) for _ in range(cell.num_envs)])
+
+
+def make_agent(cell: Cell, env: VecEnv) -> Any:
+    """The cell's agent on ``env``, starting from the backup policy if the cell says so.
+
+    ValueError if the task has no backup, or the agent takes no such policy.
+    """
+    agent_class = load_agent(cell.agent)
+    # One branch of the seed tree per use: the agent's generators and its environments' must not run in step.
+    seed = int(np.random.SeedSequence(cell.seed).generate_state(1)[0])
+    config = dict(cell.config)
+    if cell.start == "random":
+        return agent_class("MlpPolicy", env, seed=seed, **config)
+    task = getattr(env.unwrapped, "task", None)
+    if task is None:
+        raise ValueError(f"start: 'backup' needs a task with a backup controller, and {cell.task} has none; use 'random'")
+    aliases = getattr(agent_class, "policy_aliases", {})
+    kwargs = {**config.pop("policy_kwargs", {}), "backup": AffineBackup(*task.backup_gain())}
+    # Agents of this package take the backup by themselves; SB3's actor-critic algorithms take our policy class.
+    on_policy = getattr(aliases.get("MlpPolicy"), "__module__", "") == "stable_baselines3.common.policies"
+    policy: Any = BackupActorCriticPolicy if on_policy and not hasattr(agent_class, "Config") else "MlpPolicy"
+    try:
+        return agent_class(policy, env, seed=seed, policy_kwargs=kwargs, **config)
+    except TypeError as error:
+        if "backup" in str(error):
+            raise ValueError(f"start: 'backup': agent '{cell.agent}' has no policy that starts at a backup") from None
+        raise
+
+
+def provenance() -> dict[str, Any]:
+    """Package versions, git commit of the working directory's project if there is one, CPU and threads."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "commit": _git_commit(),
+        "cpu": _cpu_model(),
+        "threads": torch.get_num_threads(),
+        "platform": f"{platform.system()}-{platform.machine()}",
+    }
+
+
+@functools.cache
+def _git_commit() -> str | None:
+    """Commit of this package's source tree, "+" if it has local changes; None for an installed package."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10, check=True)
+        changes = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no", "--", "scpo_bench", "envs", "baselines", "benchmarks.yaml"],
+            cwd=root, capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip() + ("+" if changes.stdout.strip() else "")
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def run_cell(cell: Cell, folder: Path, suite: str, progress: Callable[[int, int], None] | None = None) -> Run:
+    """Run one cell into ``folder`` and return its run record, whose status says how it ended.
+
+    An agent's or environment's failure is recorded, not raised; KeyboardInterrupt is recorded and raised again.
+    """
+    torch.set_num_threads(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "traceback.txt").unlink(missing_ok=True)
+    run = Run(suite=suite, key=cell.key(), cell=cell, status="running", provenance=provenance(), started=_now())
+    write_run(folder, run)
+    log = UpdateLog(folder)
+    recorder: UpdateRecorder | None = None
+    status, error = "finished", None
+    try:
+        env = RecordingVecEnv(make_training_env(cell))
+        evaluator = Evaluator(cell.task, cell.env, cell.evaluation_episodes, native=hasattr(env.unwrapped, "vector_env"))
+        try:
+            wrapped = VecNormalize(env, norm_reward=False, clip_obs=10.0) if cell.normalize else env
+            agent = make_agent(cell, wrapped)
+            recorder = UpdateRecorder(cell, env, evaluator, log, progress)
+            agent.learn(total_timesteps=cell.steps, callback=recorder)
+        finally:
+            evaluator.close()
+            env.close()
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    except Exception as failure:
+        status, error = "failed", f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
+        (folder / "traceback.txt").write_text(traceback.format_exc())
+    finally:
+        updates = recorder.updates if recorder else []
+        if status == "finished":
+            log.compress()
+        else:
+            log.close()
+        run = run.model_copy(
+            update={
+                "status": status,
+                "error": error,
+                "updates": len(updates),
+                "digest": digest(updates) if status == "finished" else None,
+                "ended": _now(),
+            }
+        )
+        write_run(folder, run)
+    return run
+
+
+def describe_environment() -> list[tuple[str, str, str]]:
+    """(what, found, hint) for ``scpo-bench doctor``; an empty hint means it is in order."""
+    rows = [("python", platform.python_version(), "" if sys.version_info >= (3, 11) else "needs Python >= 3.11")]
+    hints = {
+        "safety-gymnasium": "pip install --no-deps safety-gymnasium",
+        "torch": "pip install torch==2.13.0",
+    }
+    for name in PACKAGES:
+        try:
+            rows.append((name, version(name), ""))
+        except PackageNotFoundError:
+            rows.append((name, "missing", hints.get(name, f"pip install {name}")))
+    rows.append(("cores", str(os.cpu_count()), ""))
+    return rows

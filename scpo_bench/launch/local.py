@@ -1,0 +1,199 @@
+"""Runs cells in this process (one job) or in worker processes, with progress bars; what is finished is not run again."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import queue
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from scpo_bench.benchmark import run_folder
+from scpo_bench.records import Cell, RecordError, read_run
+
+
+class LaunchError(ValueError):
+    """The results folder cannot be used."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How each cell ended: counts, and (cell, error) of the failed ones."""
+
+    finished: int
+    skipped: int
+    failed: list[tuple[Cell, str]]
+
+
+def is_finished(folder: Path, cell: Cell) -> bool:
+    """The folder holds a finished run of exactly this cell."""
+    try:
+        run = read_run(folder)
+    except RecordError:
+        return False
+    return run.status == "finished" and run.key == cell.key()
+
+
+def _set_aside(folder: Path, cell: Cell) -> None:
+    """Keep a finished run of another configuration under its own name instead of writing over it."""
+    try:
+        run = read_run(folder)
+    except RecordError:
+        return
+    if run.status == "finished" and run.key != cell.key():
+        folder.rename(folder.with_name(f"{folder.name}~{run.key[:12]}"))
+
+
+def _check_writable(results: Path) -> None:
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+        probe = results / f".write-test-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise LaunchError(f"--results: cannot write to '{results}' ({error.strerror})") from None
+
+
+def run_cells(cells: list[Cell], suite: str, results: Path, jobs: int, console: Console) -> Outcome:
+    """Run every cell that is not finished yet, ``jobs`` at a time. LaunchError if the results folder cannot be written."""
+    _check_writable(results)
+    todo = [cell for cell in cells if not is_finished(run_folder(results, suite, cell), cell)]
+    for cell in todo:
+        _set_aside(run_folder(results, suite, cell), cell)
+    failed: list[tuple[Cell, str]] = []
+    with _bars(console, len(cells), len(cells) - len(todo)) as bars:
+        runs = _run_here(todo, suite, results, bars) if jobs == 1 else _run_in_processes(todo, suite, results, jobs, bars)
+        for cell, error in runs:
+            if error is not None:
+                failed.append((cell, error))
+                console.print(f"[red]failed[/red] {_label(cell)}: {error}", highlight=False)
+            bars.cell_done(cell)
+    return Outcome(len(todo) - len(failed), len(cells) - len(todo), failed)
+
+
+def _label(cell: Cell) -> str:
+    return f"{cell.agent} · {cell.task.rpartition('/')[2]} · seed {cell.seed}"
+
+
+class _Bars:
+    """One bar for the suite and one for each running cell."""
+
+    def __init__(self, progress: Progress, total: int, done: int) -> None:
+        self._progress = progress
+        self._all = progress.add_task("cells", total=total, completed=done, detail="")
+        self._cells: dict[str, tuple[TaskID, float]] = {}
+
+    def show(self, cell: Cell, steps: int, updates: int) -> None:
+        key = _label(cell)
+        if key not in self._cells:
+            self._cells[key] = (self._progress.add_task(key, total=cell.steps, detail=""), time.perf_counter())
+        bar, began = self._cells[key]
+        rate = steps / max(time.perf_counter() - began, 1e-9)
+        self._progress.update(bar, completed=min(steps, cell.steps), detail=f"{updates} updates, {rate:,.0f} steps/s")
+
+    def cell_done(self, cell: Cell) -> None:
+        bar = self._cells.pop(_label(cell), None)
+        if bar is not None:
+            self._progress.remove_task(bar[0])
+        self._progress.advance(self._all)
+
+
+@contextlib.contextmanager
+def _bars(console: Console, total: int, done: int) -> Iterator[_Bars]:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[detail]}"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield _Bars(progress, total, done)
+
+
+def _run_one(cell: Cell, suite: str, results: Path, report: Callable[[int, int], None]) -> str | None:
+    """The cell's error, or None. Imports torch and the agents, which the command line has no need of."""
+    from scpo_bench.harness import run_cell
+
+    report(0, 0)
+    run = run_cell(cell, run_folder(results, suite, cell), suite, report)
+    return run.error if run.status == "failed" else None
+
+
+def _run_here(cells: list[Cell], suite: str, results: Path, bars: _Bars) -> Iterator[tuple[Cell, str | None]]:
+    for cell in cells:
+        yield cell, _run_one(cell, suite, results, lambda steps, updates, cell=cell: bars.show(cell, steps, updates))  # type: ignore[misc]
+
+
+def _worker(todo: Any, messages: Any, suite: str, results: Path) -> None:
+    """Takes cells until there are none. Ctrl-C reaches the parent, which stops the workers by SIGTERM."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: _raise_interrupt())
+    while True:
+        try:
+            index, cell = todo.get_nowait()
+        except queue.Empty:
+            return
+        messages.put(("started", index, os.getpid(), 0))
+        error = _run_one(cell, suite, results, lambda steps, updates, i=index: messages.put(("progress", i, steps, updates)))  # type: ignore[misc]
+        messages.put(("done", index, error, 0))
+
+
+def _raise_interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def _run_in_processes(
+    cells: list[Cell], suite: str, results: Path, jobs: int, bars: _Bars
+) -> Iterator[tuple[Cell, str | None]]:
+    # A forked child would share torch's thread pools and the parent's generators: start fresh ones.
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        todo, messages = manager.Queue(), manager.Queue()
+        for item in enumerate(cells):
+            todo.put(item)
+        arguments = (todo, messages, suite, results)
+        workers = [context.Process(target=_worker, args=arguments) for _ in range(min(jobs, len(cells)))]
+        for worker in workers:
+            worker.start()
+        running: dict[int, int] = {}  # process id -> index of its cell
+        left = len(cells)
+        try:
+            while left:
+                try:
+                    kind, index, first, second = messages.get(timeout=0.5)
+                except queue.Empty:
+                    # A worker that died (out of memory, killed) takes only its own cell with it.
+                    for worker in [w for w in workers if w.exitcode not in (None, 0) and w.pid in running]:
+                        index = running.pop(worker.pid)  # type: ignore[arg-type]
+                        left -= 1
+                        yield cells[index], f"its process ended with exit code {worker.exitcode}"
+                        workers.remove(worker)
+                        workers.append(context.Process(target=_worker, args=arguments))
+                        workers[-1].start()
+                    if all(worker.exitcode is not None for worker in workers) and messages.empty():
+                        # Workers that cannot even start will not start on the next try either.
+                        for index in range(len(cells) - left, len(cells)):
+                            yield cells[index], "no worker process could be started"
+                        return
+                    continue
+                if kind == "started":
+                    running[first] = index
+                    bars.show(cells[index], 0, 0)
+                elif kind == "progress":
+                    bars.show(cells[index], first, second)
+                else:
+                    running = {pid: i for pid, i in running.items() if i != index}
+                    left -= 1
+                    yield cells[index], first
+        finally:
+            for worker in workers:
+                if worker.is_alive():
+                    worker.terminate()
+            for worker in workers:
+                worker.join(timeout=10)
