@@ -41,10 +41,7 @@ def _check_run(run: Run, updates: Sequence[Update]) -> Iterator[str]:
     if not updates:
         yield "updates: a finished run has at least the start policy's, found none"
     elif updates[-1].interaction_steps < run.cell.steps:
-        yield (
-            f"interaction_steps: a finished run spends its budget of {run.cell.steps}, found "
-            f"{updates[-1].interaction_steps}"
-        )
+        yield (f"interaction_steps: a finished run spends its budget of {run.cell.steps}, found {updates[-1].interaction_steps}")
     yield from _check_clock(run, updates)
 
 
@@ -95,8 +92,7 @@ def _check_update(run: Run, update: Update, previous: Update | None) -> Iterator
         yield f"cost_sum: costs are not negative, found {update.cost_sum:g}"
     if (update.cost_sum > 0) != (update.violating_steps > 0):
         yield (
-            f"violating_steps: {update.violating_steps} steps with cost and a cost sum of "
-            f"{update.cost_sum:g} exclude each other"
+            f"violating_steps: {update.violating_steps} steps with cost and a cost sum of {update.cost_sum:g} exclude each other"
         )
     yield from _check_episodes(update, limit)
 
@@ -107,10 +103,7 @@ def _check_update(run: Run, update: Update, previous: Update | None) -> Iterator
         if update.update % run.cell.evaluation_interval == 0:
             yield f"iterate_violates: every {run.cell.evaluation_interval}th update is evaluated, found none"
     elif update.iterate_violates != _violates(update, limit):
-        yield (
-            f"iterate_violates: {not update.iterate_violates} follows from the evaluation, found "
-            f"{update.iterate_violates}"
-        )
+        yield (f"iterate_violates: {not update.iterate_violates} follows from the evaluation, found {update.iterate_violates}")
     if update.wall_time_s > 0:
         rate = update.interaction_steps / update.wall_time_s
         if not math.isclose(rate, update.steps_per_s, rel_tol=_RELATIVE, abs_tol=_RELATIVE):
@@ -120,10 +113,7 @@ def _check_update(run: Run, update: Update, previous: Update | None) -> Iterator
 def _check_episodes(update: Update, limit: float) -> Iterator[str]:
     for name in _EPISODE_FIELDS:
         if (getattr(update, name) is not None) != (update.episodes > 0):
-            yield (
-                f"{name}: measured if and only if an episode finished, found {getattr(update, name)} "
-                f"with {update.episodes}"
-            )
+            yield (f"{name}: measured if and only if an episode finished, found {getattr(update, name)} with {update.episodes}")
     if update.violating_episodes > update.episodes:
         yield f"violating_episodes: at most {update.episodes} episodes finished, found {update.violating_episodes}"
     if update.cost_mean is None or update.cost_max is None:
@@ -132,7 +122,4 @@ def _check_episodes(update: Update, limit: float) -> Iterator[str]:
     if not -slack <= update.cost_mean <= update.cost_max + slack:
         yield f"cost_mean: between 0 and the largest, {update.cost_max:g}, found {update.cost_mean:g}"
     if (update.violating_episodes > 0) != (update.cost_max > limit):
-        yield (
-            f"violating_episodes: {update.violating_episodes} with a largest cost of "
-            f"{update.cost_max:g} and limit {limit:g}"
-        )
+        yield (f"violating_episodes: {update.violating_episodes} with a largest cost of {update.cost_max:g} and limit {limit:g}")

@@ -57,9 +57,7 @@ def _iqm_of_strata(*strata: Floats, axis: int = -1) -> Any:
     return stats.trim_mean(np.concatenate(strata, axis=axis), 0.25, axis=axis)
 
 
-def _interval(
-    samples: Sequence[Floats], statistic: Any, seed: int, level: float, resamples: int
-) -> tuple[float, float]:
+def _interval(samples: Sequence[Floats], statistic: Any, seed: int, level: float, resamples: int) -> tuple[float, float]:
     """Percentile interval of ``statistic`` under resampling each of ``samples`` apart; nan if one of them has a
     single score.
     """

@@ -112,8 +112,7 @@ COLUMNS: dict[str, str] = {
     "first_violating_update": "earliest over seeds; never if none did",
     "first_violating_step": "interaction steps at that update",
     "first_violating_update_median": "by when half the seeds had violated; never if fewer ever did",
-    "safe_from_update_median": "update after which nothing violates, by when half the seeds had reached "
-    "it; never if fewer did",
+    "safe_from_update_median": "update after which nothing violates, by when half the seeds had reached it; never if fewer did",
     "updates": "updates per run, median",
     "interaction_steps": "interaction steps per run, median",
     "probe_steps": "steps spent on evaluating candidates per run, median",
@@ -179,6 +178,12 @@ def setup_of(cell: Cell) -> str:
         return "invalid"
 
 
+_IDENTITY = (
+    *("suite", "task", "agent", "setup", "seed", "status", "error", "steps", "cost_limit"),
+    *("key", "folder", "reference", "provenance"),
+)
+
+
 def _row(suite: str, cell: Cell, status: str, error: str | None, **more: Any) -> dict[str, Any]:
     return {
         "suite": suite,
@@ -229,8 +234,7 @@ def load(
         if (name, cell.key()) not in keys:
             more = {"key": cell.key(), "folder": "", "reference": reference_of(cell, references), "provenance": {}}
             rows.append(_row(name, cell, "missing", "planned, but there is no record", **more))
-    identity = [*_row("", Cell(agent="", task="", seed=0, steps=1, cost_limit=0), "", None), "key", "folder"]
-    runs = pd.DataFrame(rows, columns=[*identity, "reference", "provenance", *METRICS])
+    runs = pd.DataFrame(rows, columns=[*_IDENTITY, *METRICS])
     runs[list(METRICS)] = runs[list(METRICS)].astype(float)
     _put_at_the_floor(runs)
     runs.attrs["problems"] = problems
@@ -253,9 +257,10 @@ def _put_at_the_floor(runs: pd.DataFrame) -> None:
             runs.loc[unfinished, "final_objective"] = _worst(objectives, largest=True)
             runs.loc[unfinished, "final_return"] = _worst(returns, largest=False)
             runs.loc[unfinished, ["final_cost", "final_cost_ratio", "final_violates", "final_worst_value"]] = math.nan
-            for i in unfinished:
-                reference = runs.at[i, "reference"]
-                runs.loc[i, "gap_closed"] = gap_closed(float(runs.at[i, "final_objective"]), reference)
+            runs.loc[unfinished, "gap_closed"] = [
+                gap_closed(objective, reference)
+                for objective, reference in zip(runs.loc[unfinished, "final_objective"], task.loc[unfinished, "reference"])
+            ]
         task = runs.loc[index]
         finished = task[task["status"] == "finished"]
         judged = task if finished.empty else finished
@@ -393,9 +398,7 @@ def _summary(group: pd.DataFrame) -> dict[str, Any]:
         "worst_iterate_value": _max(group["worst_iterate_value"]),
         "worst_training_value": _max(group["worst_training_value"]),
         "first_violating_update": math.nan if earliest is None else float(firsts[earliest]),
-        "first_violating_step": math.nan
-        if earliest is None
-        else float(_known(group["first_violating_step"])[earliest]),
+        "first_violating_step": math.nan if earliest is None else float(_known(group["first_violating_step"])[earliest]),
         "first_violating_update_median": censored_quantile(firsts, 0.5),
         "safe_from_update_median": censored_quantile(_known(group["safe_from_update"]), 0.5),
         "updates": _median(group["updates"]),
@@ -403,14 +406,8 @@ def _summary(group: pd.DataFrame) -> dict[str, Any]:
         "probe_steps": _median(group["probe_steps"]),
         "wall_time_s": _median(group["wall_time_s"]),
         "steps_per_s": _median(group["steps_per_s"]),
-        "verification": f"{count['damaged']} damaged"
-        if "damaged" in count
-        else "consistent"
-        if len(finished)
-        else "none",
-        "command": command_of(
-            first["suite"], first["agent"], first["task"], int(group["seed"].max()) + 1, int(first["steps"])
-        ),
+        "verification": f"{count['damaged']} damaged" if "damaged" in count else "consistent" if len(finished) else "none",
+        "command": command_of(first["suite"], first["agent"], first["task"], int(group["seed"].max()) + 1, int(first["steps"])),
     }
 
 
@@ -467,10 +464,16 @@ def leaderboard(runs: pd.DataFrame) -> pd.DataFrame:
         rows += _rank(summaries)
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     table.attrs["problems"] = list(runs.attrs.get("problems", []))
+    unfinished = runs[runs["status"] != "finished"]
     table.attrs["unfinished"] = [
-        f"{run.agent} on {run.task}, seed {run.seed}: {run.status}{f' ({run.error})' if run.error else ''}"
-        for run in runs[runs["status"] != "finished"].itertuples()
+        f"{agent} on {task}, seed {seed}: {status}" + (f" ({error})" if isinstance(error, str) and error else "")
+        for agent, task, seed, status, error in zip(*(unfinished[c] for c in ("agent", "task", "seed", "status", "error")))
     ]
+    table.attrs["aggregates"] = {
+        str(suite): aggregate(group)
+        for suite, group in runs.groupby("suite", sort=True)
+        if group.loc[group["score_kind"] == "gap closed", "task"].nunique() > 1
+    }
     return table
 
 
@@ -482,6 +485,10 @@ class Aggregate:
 
     agent: str
     tasks: int
+    clean_runs: Estimate
+    """Share of planned runs, on these tasks, that finished without a single violating iterate, with its Wilson
+    interval.
+    """
     score: Estimate
     """IQM of the gap closed, over seeds and tasks, with its stratified bootstrap interval."""
     improvement: dict[str, Estimate]
@@ -502,6 +509,7 @@ def aggregate(runs: pd.DataFrame) -> list[Aggregate]:
         raise ValueError(f"aggregate: one suite at a time, got {', '.join(sorted(runs['suite'].unique()))}")
     scored = runs[runs["score_kind"] == "gap closed"].dropna(subset=["score"])
     scores: dict[str, dict[str, np.ndarray]] = {}
+    clean = (scored["status"] == "finished") & (scored["violating_iterates"] == 0)
     for (agent, task), group in scored.groupby(["agent", "task"], sort=True):
         scores.setdefault(str(agent), {})[str(task)] = group["score"].to_numpy(dtype=float)
     found = []
@@ -512,5 +520,8 @@ def aggregate(runs: pd.DataFrame) -> list[Aggregate]:
             if other != agent and common:
                 improvement[other] = probability_of_improvement([own[t] for t in common], [theirs[t] for t in common])
         profile = performance_profile(list(own.values()), PROFILE_THRESHOLDS)
-        found.append(Aggregate(agent, len(own), iqm_interval(list(own.values())), improvement, profile.tolist()))
+        of_agent = clean[scored["agent"] == agent]
+        share = wilson(int(of_agent.sum()), len(of_agent))
+        score = iqm_interval(list(own.values()))
+        found.append(Aggregate(agent, len(own), share, score, improvement, profile.tolist()))
     return sorted(found, key=lambda a: (-a.score.value, a.agent))
