@@ -155,9 +155,7 @@ class CategoricalActor(Actor):
 
 def actor_of(policy: ActorCriticPolicy) -> Actor:
     """The NumPy actor of a policy. Raises ValueError for policies or action spaces it does not cover."""
-    if not isinstance(policy.features_extractor, FlattenExtractor) or not isinstance(
-        policy.observation_space, spaces.Box
-    ):
+    if not isinstance(policy.features_extractor, FlattenExtractor) or not isinstance(policy.observation_space, spaces.Box):
         raise ValueError(f"policy: needs flat Box observations, got {policy.observation_space}")
     if isinstance(policy.action_space, spaces.Discrete):
         return CategoricalActor(policy)

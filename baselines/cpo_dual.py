@@ -38,9 +38,7 @@ class TrustRegionStep:
     """nu >= 0 of the constraint; 0 in a recovery step."""
 
 
-def trust_region_step(
-    q: float, r: float, s: float, c: float, delta: float, negligible: float = 1e-12
-) -> TrustRegionStep:
+def trust_region_step(q: float, r: float, s: float, c: float, delta: float, negligible: float = 1e-12) -> TrustRegionStep:
     """Solve max g.x subject to c + b.x <= 0 and x'Hx/2 <= delta.
 
     q = g'H^-1 g, r = g'H^-1 b, s = b'H^-1 b; c: constraint value now (feasible <= 0), in the unit of b.x;

@@ -152,14 +152,24 @@ class CVPO(OffPolicyAlgorithm):
             "net_arch": list(config.net_arch), "initial_std": config.initial_std, "actor_lr": config.actor_lr,
             "critic_lr": config.critic_lr, **self.policy_kwargs,
         }  # fmt: skip
+        seed = self.seed
+        if self.rng is not None:  # loaded: neither generator nor environments start again
+            self.seed = None
         super()._setup_model()
+        self.seed = seed
         if self.episode_steps is None:
             spec = self.env.get_attr("spec")[0] if self.env is not None else None
             self.episode_steps = config.episode_steps or (spec and spec.max_episode_steps)
         if self.rng is None:
-            self.rng = np.random.default_rng(self.seed)
+            self.rng = np.random.default_rng()
         if self.episode_costs is None or len(self.episode_costs.running_NC) != self.n_envs:
             self.episode_costs = EpisodeCosts(self.n_envs, 1)
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """SB3's, and the agent's own generator (action noise, replay)."""
+        super().set_random_seed(seed)
+        if seed is not None:
+            self.rng = np.random.default_rng(seed)
 
     def threshold(self) -> float:
         """d: the episodic limit as a threshold on the cost critics (``return_scale`` aside)."""
@@ -172,7 +182,7 @@ class CVPO(OffPolicyAlgorithm):
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> RolloutReturn:
         """SB3's, with this update's episode costs counted apart."""
         assert self.episode_costs is not None
-        if bool(np.all(self._last_episode_starts)) and self.num_timesteps == self._num_timesteps_at_start:
+        if bool(np.all(self._last_episode_starts)):  # a reset from outside may have cut episodes short
             self.episode_costs.restart_episodes()
         self.episode_costs.start_update()
         return super().collect_rollouts(*args, **kwargs)
@@ -208,15 +218,13 @@ class CVPO(OffPolicyAlgorithm):
         terminated = np.array(dones, dtype=np.bool_)
         for i in np.flatnonzero(dones):
             terminal = infos[i]["terminal_observation"]
-            following[i] = np.ravel(
-                np.asarray(terminal if normaliser is None else normaliser.unnormalize_obs(terminal))
-            )
+            following[i] = np.ravel(np.asarray(terminal if normaliser is None else normaliser.unnormalize_obs(terminal)))
             terminated[i] = not infos[i].get("TimeLimit.truncated", False)
         replay_buffer.add(
             observations=_flat(observations), actions=buffer_action, rewards=rewards, costs=costs[:, 0],
             next_observations=following, terminated=terminated, ends=dones,
         )  # fmt: skip
-        self._last_obs, self._last_original_obs = new_obs, raw_new
+        self._last_obs, self._last_original_obs, self._last_episode_starts = new_obs, raw_new, dones
 
     # ---- update -----------------------------------------------------------------------------------------------------
 
@@ -291,9 +299,7 @@ class CVPO(OffPolicyAlgorithm):
         reward, cost = (v.cpu().numpy() for v in self.policy.pessimistic_values(values))
         return e_step(reward, cost, self.config.kl_bound, self.config.return_scale * self.threshold())
 
-    def _m_step(
-        self, observations: Tensor, old_mean: Tensor, old_std: Tensor, actions: Tensor, best: EStep
-    ) -> dict[str, float]:
+    def _m_step(self, observations: Tensor, old_mean: Tensor, old_std: Tensor, actions: Tensor, best: EStep) -> dict[str, float]:
         """One gradient step of the actor towards q, mean and covariance held by a KL bound each."""
         config, policy = self.config, self.policy
         weights = torch.from_numpy(best.weights).to(actions)
@@ -307,9 +313,7 @@ class CVPO(OffPolicyAlgorithm):
         policy.actor_optimizer.step()
         measured = {"kl_mean": kl_mean.item(), "kl_covariance": kl_covariance.item(), "std": std.mean().item()}
         lr, highest = config.m_step_multiplier_lr, config.m_step_multiplier_max
-        self.mean_multiplier = projected_ascent(
-            self.mean_multiplier, measured["kl_mean"] / config.mean_kl_bound - 1, lr, highest
-        )
+        self.mean_multiplier = projected_ascent(self.mean_multiplier, measured["kl_mean"] / config.mean_kl_bound - 1, lr, highest)
         self.covariance_multiplier = projected_ascent(
             self.covariance_multiplier, measured["kl_covariance"] / config.covariance_kl_bound - 1, lr, highest
         )

@@ -114,9 +114,7 @@ def e_step(q_reward: Array, q_cost: Array, eps: float, threshold: float, max_ite
     def finish(weights: Array, eta: float, lam: float, kkt: float, iterations: int, recovery: bool) -> EStep:
         kl = float(np.mean(np.sum(weights * np.log(np.maximum(weights * weights.shape[1], 1e-300)), axis=1)))
         excess = float(np.vdot(weights, q_cost)) / len(weights) - threshold
-        return EStep(
-            weights, eta * reward_scale, lam * reward_scale / cost_scale, kl, excess, kkt, iterations, recovery
-        )
+        return EStep(weights, eta * reward_scale, lam * reward_scale / cost_scale, kl, excess, kkt, iterations, recovery)
 
     if not constrained:
         weights, eta, iterations = tilt_to_kl(reward, eps)

@@ -12,6 +12,7 @@ from stable_baselines3.common.policies import BasePolicy
 from torch import Tensor, nn
 
 N_REWARD_CRITICS = N_COST_CRITICS = 2
+SLICE = 32  # states per slice in Critics.forward
 
 
 class GaussianActor(nn.Module):
@@ -86,14 +87,22 @@ class Critics(nn.Module):
 
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
         """observations: [B, O]; actions: [B, K, A] inside the action space -> values [n, B, K]."""
-        B, K, _ = actions.shape
-        scaled = ((actions - self.centre) / self.half_range).reshape(1, B * K, -1).expand(self.n, -1, -1)
         state_part = torch.baddbmm(self.first_bias, observations.expand(self.n, -1, -1), self.state_weight)
-        hidden = torch.bmm(scaled, self.action_weight).view(self.n, B, K, -1) + state_part.unsqueeze(2)
-        hidden = hidden.relu_().view(self.n, B * K, -1)
+        scaled = (actions - self.centre) / self.half_range
+        if torch.is_grad_enabled():
+            return self._layers(state_part, scaled)
+        # Without gradients: a slice of states at a time, so that the hidden layers stay in the processor's cache.
+        slices = zip(state_part.split(SLICE, dim=1), scaled.split(SLICE))
+        return torch.cat([self._layers(part, chunk) for part, chunk in slices], dim=1)
+
+    def _layers(self, state_part: Tensor, scaled: Tensor) -> Tensor:
+        """state_part: [n, b, H]; scaled: actions in [-1, 1], [b, K, A] -> [n, b, K]."""
+        b, K, _ = scaled.shape
+        hidden = torch.bmm(scaled.reshape(1, b * K, -1).expand(self.n, -1, -1), self.action_weight)
+        hidden = hidden.view(self.n, b, K, -1).add_(state_part.unsqueeze(2)).relu_().view(self.n, b * K, -1)
         for weight, bias in zip(list(self.weights)[:-1], list(self.biases)[:-1]):
-            hidden = torch.baddbmm(bias, hidden, weight).relu_()
-        return torch.baddbmm(self.biases[-1], hidden, self.weights[-1]).view(self.n, B, K)
+            hidden = torch.bmm(hidden, weight).add_(bias).relu_()
+        return torch.bmm(hidden, self.weights[-1]).add_(self.biases[-1]).view(self.n, b, K)
 
 
 class CVPOPolicy(BasePolicy):
@@ -156,9 +165,7 @@ def gaussian_kl_split(mean: Tensor, std: Tensor, old_mean: Tensor, old_std: Tens
     return kl_mean, kl_covariance
 
 
-def weighted_nll_split(
-    mean: Tensor, std: Tensor, old_mean: Tensor, old_std: Tensor, actions: Tensor, weights: Tensor
-) -> Tensor:
+def weighted_nll_split(mean: Tensor, std: Tensor, old_mean: Tensor, old_std: Tensor, actions: Tensor, weights: Tensor) -> Tensor:
     """-mean_b sum_k q_bk [log N(a; mean, old_std) + log N(a; old_mean, std)], up to a constant.
 
     mean, std, old_*: [B, A]; actions: [B, K, A]; weights q: [B, K], rows summing to one. Only two moments of q enter.

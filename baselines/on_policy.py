@@ -60,9 +60,7 @@ class OnPolicyConfig:
 
     def __post_init__(self) -> None:
         if not self.cost_keys or not all(isinstance(key, str) for key in self.cost_keys):
-            raise ValueError(
-                f"{type(self).__name__}.cost_keys: expected a non-empty list of names, got {self.cost_keys!r}"
-            )
+            raise ValueError(f"{type(self).__name__}.cost_keys: expected a non-empty list of names, got {self.cost_keys!r}")
         limits = self.limits()
         if len(limits) != len(self.cost_keys) or not (limits >= 0).all():
             raise ValueError(
@@ -164,7 +162,11 @@ class ConstrainedOnPolicy(OnPolicyAlgorithm):
         """Networks, and whatever of the training state ``load`` has not already put in place."""
         self.n_steps = -(-self.config.steps_per_update // self.n_envs)
         self.policy_kwargs = {"log_std_init": self.config.initial_log_std, **self.policy_kwargs}
+        seed = self.seed
+        if self.rng is not None:  # loaded: neither generator nor environments start again
+            self.seed = None
         super()._setup_model()
+        self.seed = seed
         actor = actor_of(self.policy)
         value_layers, _ = self._value_layers()
         self.cost_critics = nn.ModuleList(
@@ -176,7 +178,7 @@ class ConstrainedOnPolicy(OnPolicyAlgorithm):
                 nn.init.orthogonal_(module.weight, np.sqrt(2) if module.out_features > 1 else 1.0)
                 nn.init.zeros_(module.bias)
         if self.rng is None:
-            self.rng = np.random.default_rng(self.seed)
+            self.rng = np.random.default_rng()
         if not self.optimizers:
             self.optimizers = {"actor": Adam(actor.mlp.theta.size)}
             self.optimizers |= {f"critic_{i}": Adam(c.theta.size) for i, c in enumerate(self._critics())}
@@ -193,6 +195,12 @@ class ConstrainedOnPolicy(OnPolicyAlgorithm):
         layers, activation = self._value_layers()
         cost_layers = [[m for m in critic.modules() if isinstance(m, nn.Linear)] for critic in self.cost_critics]
         return [Mlp(linears, activation) for linears in [layers, *cost_layers]]
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """SB3's, and the agent's own generator (action noise, minibatches)."""
+        super().set_random_seed(seed)
+        if seed is not None:
+            self.rng = np.random.default_rng(seed)
 
     # ---- collection -------------------------------------------------------------------------------------------------
 
@@ -285,9 +293,7 @@ class ConstrainedOnPolicy(OnPolicyAlgorithm):
             critic.backward((error * (2.0 / len(error)))[:, None])
             if self.config.critic_l2 > 0:
                 critic.grad += (2 * self.config.critic_l2) * critic.theta
-            self.optimizers[f"critic_{i}"].update(
-                critic.theta, critic.grad, self.config.critic_lr, self.config.max_grad_norm
-            )
+            self.optimizers[f"critic_{i}"].update(critic.theta, critic.grad, self.config.critic_lr, self.config.max_grad_norm)
             errors.append(float(error @ error) / len(error))
         return errors
 

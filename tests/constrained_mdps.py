@@ -11,26 +11,32 @@ from stable_baselines3.common.vec_env import VecEnv
 
 
 class TwoState:
-    """States 0 and 1; the action is the probability of moving to (or staying in) state 1.
+    """States 0 and 1; the action p is the probability that the next state is 1.
 
-    Reward: 1 for a move 0 -> 1, 0.4 for staying in 1, else 0. Cost: 1 whenever the next state is 1. Per step, with x01 and x11 the
-    shares of the two rewarded moves: maximise x01 + 0.4 x11 subject to x01 + x11 <= limit per step. Up to a limit of one half per
-    step the whole allowance goes into x01 (it pays more), reached by p(0) = limit / (1 - limit), p(1) = 0. Hence the optimal
-    return equals the cost limit; unconstrained, alternating gives 0.5 per step.
-    Observation: one-hot state. Action: Box(-1, 1), p = (a + 1) / 2; or Discrete(2), the next state itself.
+    Reward: p (2 - p) in state 0, 0.4 p (2 - p) in state 1. Cost: 1 whenever the next state is 1. The share of steps with cost is
+    p0 / (1 + p0 - p1); at the limit of 1/4 per step, 3 p0 + p1 = 1, and the reward per step
+    3/4 p0 (2 - p0) + 1/10 p1 (2 - p1) falls in p1 along that line, so p = (1/3, 0) is optimal with 3/4 * 5/9 = 5/12 per
+    step. (The first steps, from state 0, change an episode of 40 by less than one percent.)
+    Observation: one-hot state. Action: Box(-1, 1), p = (a + 1) / 2; or, ``discrete``, p itself in {0, 1}: there the reward
+    is 1 for a move 0 -> 1 and 0.4 for staying in 1, the best use of the limit is all on the former, and the optimum is 1/4
+    per step.
     """
 
     steps = 40
     observation_space = spaces.Box(0.0, 1.0, (2,), np.float32)
-    unconstrained_return_per_step = 0.5
 
     def __init__(self, discrete: bool = False) -> None:
         self.discrete = discrete
         self.action_space = spaces.Discrete(2) if discrete else spaces.Box(-1.0, 1.0, (1,), np.float32)
+        self.cost_limit = self.steps / 4
+        self.optimal_return = self.steps * (1 / 4 if discrete else 5 / 12)
 
-    @staticmethod
-    def optimal_return(cost_limit: float) -> float:
-        return cost_limit
+    @property
+    def unconstrained_return(self) -> float:
+        """By enumeration of stationary policies."""
+        p0, p1 = np.meshgrid(np.linspace(0, 1, 201), np.linspace(0, 1, 201))
+        share = p0 / np.maximum(1 + p0 - p1, 1e-9)
+        return float(self.steps * np.max((1 - share) * p0 * (2 - p0) + share * 0.4 * p1 * (2 - p1)))
 
     def start(self, n: int, rng: np.random.Generator) -> Any:
         return np.zeros(n, np.int64)
@@ -39,10 +45,9 @@ class TwoState:
         return np.eye(2, dtype=np.float32)[state]
 
     def step(self, state: Any, actions: Any, rng: np.random.Generator) -> Any:
-        probability = actions if self.discrete else (actions[:, 0] + 1) / 2
-        following = (rng.random(len(state)) < probability).astype(np.int64)
-        rewards = np.where(following == 1, np.where(state == 0, 1.0, 0.4), 0.0)
-        return following, rewards, following.astype(np.float64)
+        p = np.asarray(actions, np.float64) if self.discrete else (actions[:, 0].astype(np.float64) + 1) / 2
+        following = (rng.random(len(state)) < p).astype(np.int64)
+        return following, np.where(state == 0, 1.0, 0.4) * p * (2 - p), following.astype(np.float64)
 
 
 class Speed:
@@ -60,9 +65,10 @@ class Speed:
 
     def __init__(self, cost_limit: float = 10.0) -> None:
         self.cost_limit = cost_limit
-
-    def optimal_return(self, cost_limit: float) -> float:
-        return float(np.sqrt(self.steps * cost_limit))
+        self.optimal_return = float(np.sqrt(self.steps * cost_limit))
+        # v_t = 1 - (1 - v0) 0.8^t, summed
+        deficit = 1 - np.sqrt(cost_limit / self.steps)
+        self.unconstrained_return = float(self.steps - deficit * np.sum(0.8 ** np.arange(1, self.steps + 1)))
 
     def start(self, n: int, rng: np.random.Generator) -> Any:
         return np.full(n, np.sqrt(self.cost_limit / self.steps))
@@ -104,11 +110,13 @@ class MdpVecEnv(VecEnv):
         super().__init__(num_envs, mdp.observation_space, mdp.action_space)
         self.rng = np.random.default_rng(0)
 
-    def seed(self, seed: int | None = None) -> Any:
-        self.rng = np.random.default_rng(seed)
-        return [seed] * self.num_envs
-
     def reset(self) -> Any:
+        if self._seeds[0] is not None:  # SB3's rule: a seed takes effect at the next reset, once
+            self.rng = np.random.default_rng(self._seeds[0])
+        self._reset_seeds()
+        return self._start()
+
+    def _start(self) -> Any:
         self.state, self.elapsed = self.mdp.start(self.num_envs, self.rng), 0
         return self.mdp.observe(self.state)
 
@@ -124,7 +132,7 @@ class MdpVecEnv(VecEnv):
         if done:
             for info, observation in zip(infos, observations):
                 info |= {"TimeLimit.truncated": True, "terminal_observation": observation}
-            observations = self.reset()
+            observations = self._start()
         return observations, rewards.astype(np.float32), np.full(self.num_envs, done), infos
 
     def close(self) -> None:

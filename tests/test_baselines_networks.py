@@ -1,0 +1,204 @@
+"""The NumPy networks and actors of the on-policy baselines against torch's autograd, and the replay buffer by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.policies import ActorCriticPolicy
+from torch import nn
+
+from scpo_bench.baselines.actors import actor_of
+from scpo_bench.baselines.networks import Adam, Mlp, sequential_layers
+from scpo_bench.baselines.ppo_lagrangian import clipped_surrogate_weights
+from scpo_bench.baselines.replay import CostReplay
+from scpo_bench.policies import AffineBackup, BackupActorCriticPolicy
+
+torch.set_num_threads(1)  # tiny networks: more threads only get in each other's way
+
+OBSERVATIONS = spaces.Box(-1.0, 1.0, (3,), np.float32)
+SPACES = [spaces.Box(-1.0, 1.0, (2,), np.float32), spaces.Discrete(3)]
+
+
+def flat(tensors):
+    return np.concatenate([t.detach().numpy().ravel() for t in tensors])
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
+def test_backward_and_jvp_equal_autograd(activation):
+    """A wrong hand-written derivative would train on a wrong gradient without any error."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 8), activation(), nn.Linear(8, 7), activation(), nn.Linear(7, 2)).double()
+    x, weight = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    mlp = Mlp(*sequential_layers(net))
+    np.testing.assert_allclose(mlp.forward(x.numpy()), net(x).detach().numpy(), rtol=1e-12)
+    (net(x) * weight).sum().backward()
+    mlp.backward(weight.numpy())
+    np.testing.assert_allclose(mlp.grad, flat(p.grad for p in net.parameters()), rtol=1e-9, atol=1e-12)
+
+    direction = np.random.default_rng(0).normal(size=mlp.theta.size)
+    tangent, start, h = mlp.jvp(direction), mlp.theta.copy(), 1e-6
+    outputs = []
+    for sign in (1, -1):
+        mlp.theta[:] = start + sign * h * direction
+        outputs.append(mlp.forward(x.numpy()))
+    np.testing.assert_allclose(tangent, (outputs[0] - outputs[1]) / (2 * h), rtol=1e-5, atol=1e-7)
+
+
+def test_networks_are_written_back():
+    """What an update learnt must reach the torch policy that acts and is saved."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    mlp = Mlp(*sequential_layers(net))
+    mlp.theta += 1.0
+    mlp.write_back()
+    np.testing.assert_array_equal(flat(net.parameters()), mlp.theta)
+
+
+def test_unsupported_activation_is_refused():
+    """A network that the hand-written derivatives do not cover must be refused, not approximated."""
+    with pytest.raises(ValueError, match=r"activation_fn: expected nn\.Tanh or nn\.ReLU"):
+        sequential_layers(nn.Sequential(nn.Linear(2, 2), nn.ELU(), nn.Linear(2, 1)))
+
+
+def test_adam_equals_torch():
+    """Ten steps with gradients of changing scale, against torch's Adam, and the norm's bound."""
+    rng = np.random.default_rng(0)
+    theta = rng.normal(size=6)
+    reference = nn.Parameter(torch.tensor(theta.copy()))
+    torch_adam, adam = torch.optim.Adam([reference], lr=0.03), Adam(6, np.float64)
+    for scale in 10.0 ** np.arange(-5, 5):
+        gradient = rng.normal(size=6) * scale
+        reference.grad = torch.tensor(gradient.copy())
+        torch.nn.utils.clip_grad_norm_([reference], 40.0)
+        torch_adam.step()
+        adam.update(theta, gradient, 0.03, max_grad_norm=40.0)
+    np.testing.assert_allclose(theta, reference.detach().numpy(), rtol=1e-5)
+
+
+def make_policy(action_space):
+    torch.manual_seed(1)
+    policy = ActorCriticPolicy(OBSERVATIONS, action_space, lambda _: 1e-3, net_arch=[6, 5])
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return policy
+
+
+@pytest.mark.parametrize("action_space", SPACES)
+def test_actor_equals_the_policy_it_copies(action_space):
+    """Log-likelihoods, their gradient, entropy and KL against the torch policy."""
+    policy = make_policy(action_space)
+    actor = actor_of(policy)
+    x = torch.randn(7, 3)
+    head = actor.head(x.numpy())
+    actions = actor.sample(head, np.random.default_rng(0))
+    _, log_prob, entropy = policy.evaluate_actions(x, torch.as_tensor(actions))
+    np.testing.assert_allclose(actor.log_prob(head, actions), log_prob.detach().numpy(), rtol=1e-4)
+    assert actor.entropy(head) == pytest.approx(entropy.mean().item(), rel=1e-4)
+
+    weights = np.linspace(-1, 1, 7, dtype=np.float32)
+    (log_prob * torch.tensor(weights)).sum().backward()
+    actor.backward(head, actions, weights)
+    expected = flat(p.grad for p in actor.mlp.tensors)
+    np.testing.assert_allclose(actor.mlp.grad, expected, rtol=1e-4, atol=1e-5)
+
+    old_head, old_extra = head.copy(), actor.dist_extra()
+    old = policy.get_distribution(x).distribution
+    with torch.no_grad():
+        for p in actor.mlp.tensors:
+            p.add_(0.1)
+    other = actor_of(policy)
+    kl = torch.distributions.kl_divergence(old, policy.get_distribution(x).distribution)
+    summed = kl.sum(dim=1) if kl.dim() == 2 else kl  # summed over action dimensions, not averaged
+    assert other.kl(old_head, old_extra, other.head(x.numpy())) == pytest.approx(summed.mean().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("action_space", SPACES)
+def test_fisher_product_is_the_hessian_of_the_kl(action_space):
+    """The trust region's metric, against second derivatives by autograd: a factor dim(A) off would change its size."""
+    policy = make_policy(action_space)
+    actor = actor_of(policy)
+    x = torch.randn(6, 3)
+    head = actor.head(x.numpy())
+    with torch.no_grad():
+        old = policy.get_distribution(x).distribution
+        old = type(old)(logits=old.logits) if hasattr(old, "logits") else type(old)(old.loc, old.scale)
+    kl = torch.distributions.kl_divergence(old, policy.get_distribution(x).distribution)
+    mean_kl = (kl.sum(dim=1) if kl.dim() == 2 else kl).mean()
+    gradient = torch.cat([g.ravel() for g in torch.autograd.grad(mean_kl, actor.mlp.tensors, create_graph=True)])
+    direction = np.random.default_rng(0).normal(size=actor.mlp.theta.size).astype(np.float32)
+    hessian_product = torch.autograd.grad(gradient @ torch.tensor(direction), actor.mlp.tensors)
+    np.testing.assert_allclose(actor.fisher_product(head, direction), flat(hessian_product), rtol=1e-3, atol=1e-5)
+
+
+def test_samples_have_the_policys_distribution():
+    """20000 categorical draws: frequencies within 4 standard errors of the softmax."""
+    actor = actor_of(make_policy(SPACES[1]))
+    head = np.repeat(np.log([[0.2, 0.5, 0.3]]), 20_000, axis=0)
+    counts = np.bincount(actor.sample(head, np.random.default_rng(0)), minlength=3) / 20_000
+    np.testing.assert_allclose(counts, [0.2, 0.5, 0.3], atol=4 * np.sqrt(0.25 / 20_000))
+
+
+def test_actor_with_backup_starts_at_it():
+    """``start: backup``: the first mean action is the backup's, exactly."""
+    backup = AffineBackup([[0.5, -1.0, 0.25], [0.0, 2.0, 1.0]], [0.1, 0.0])
+    policy = BackupActorCriticPolicy(OBSERVATIONS, SPACES[0], lambda _: 1e-3, backup=backup)
+    x = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    np.testing.assert_array_equal(actor_of(policy).head(x), backup(torch.from_numpy(x)).numpy())
+
+
+def test_clipped_surrogate_by_hand():
+    """Ratio 1.5 at A = 2 and 0.5 at A = -1 are clipped (gradient 0); the other way round they are not."""
+    ratio, advantages = np.array([1.5, 0.5, 1.5, 0.5]), np.array([2.0, -1.0, -1.0, 2.0])
+    np.testing.assert_allclose(clipped_surrogate_weights(ratio, advantages, 0.2), [0.0, 0.0, 0.375, -0.25])
+
+
+# ---- replay ---------------------------------------------------------------------------------------------------------
+
+
+def filled_replay(rows, ends=(), terminated=(), capacity=8):
+    """Step t of the one environment: observation t, reward 10^t, cost t, next observation t + 1."""
+    replay = CostReplay(capacity, OBSERVATIONS, SPACES[0])
+    for t in range(rows):
+        replay.add(
+            observations=np.full((1, 3), t), next_observations=np.full((1, 3), t + 1), actions=np.zeros((1, 2)),
+            rewards=np.array([10.0**t]), costs=np.array([float(t)]), ends=np.array([t in ends]),
+            terminated=np.array([t in terminated]),
+        )  # fmt: skip
+    return replay
+
+
+def by_start(replay, n_step=3, gamma=0.5):
+    """start step -> (reward, cost, next observation, discount), every start drawn at least once."""
+    batch = replay.sample(400, n_step, gamma, np.random.default_rng(0))
+    rows = zip(batch.observations[:, 0], batch.rewards, batch.costs, batch.next_observations[:, 0], batch.discounts)
+    return {int(start): (float(r), float(c), int(following), float(d)) for start, r, c, following, d in rows}
+
+
+def test_n_step_returns_by_hand():
+    """Inside, across a truncation (bootstraps at the end's observation), across a termination (discount 0), at the newest."""
+    rows = by_start(filled_replay(6, ends={2, 4}, terminated={4}))
+    assert rows[0] == (1 + 5 + 25, 0 + 0.5 + 0.5, 3, 0.125)
+    assert rows[1] == (10 + 50, 1 + 1, 3, 0.25)  # truncated at 2: two steps, bootstrapped
+    assert rows[3] == (1000 + 5000, 3 + 2, 5, 0.0)  # terminated at 4
+    assert rows[5] == (1e5, 5, 6, 0.5)  # the newest step: one step only
+
+
+def test_replay_wraps_around():
+    """Windows must not run from the newest row into the oldest."""
+    rows = by_start(filled_replay(11))
+    assert set(rows) == set(range(3, 11))
+    assert rows[10] == (1e10, 10, 11, 0.5)
+    assert rows[8][2] == 11
+
+
+def test_replay_state_round_trip():
+    """A resumed run must sample what the first one would have."""
+    first, second = filled_replay(5), CostReplay(8, OBSERVATIONS, SPACES[0])
+    second.load_state_dict(first.state_dict())
+    draws = [r.sample(50, 2, 0.9, np.random.default_rng(3)) for r in (first, second)]
+    for name in ("observations", "rewards", "costs", "next_observations", "discounts"):
+        np.testing.assert_array_equal(getattr(draws[0], name), getattr(draws[1], name))
+    with pytest.raises(ValueError, match="replay: saved"):
+        CostReplay(2, OBSERVATIONS, SPACES[0]).load_state_dict(first.state_dict())
