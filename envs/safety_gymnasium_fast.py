@@ -428,10 +428,7 @@ class FastTask(CurrentTask):
         names = [model.geom(i).name for i in range(model.ngeom)]
         robot = set(self.agent.body_info.geom_names)
         self._kind_bits = {kind: 2 << i for i, kind in enumerate(("button", "pillar", "vase", "gremlin"))}
-        bits = [
-            (name in robot) + sum(bit for kind, bit in self._kind_bits.items() if name.startswith(kind))
-            for name in names
-        ]
+        bits = [(name in robot) + sum(bit for kind, bit in self._kind_bits.items() if name.startswith(kind)) for name in names]
         self._geom_bits = np.array(bits, dtype=np.int64)
         self._button_geoms = {name: i for i, name in enumerate(names) if name.startswith("button")}
 
