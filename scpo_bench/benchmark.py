@@ -86,7 +86,7 @@ def load_benchmarks(path: Path) -> Benchmarks:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise BenchmarkError(f"{name}: larger than {MAX_FILE_BYTES} bytes")
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506 - a SafeLoader
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
         benchmarks = Benchmarks.model_validate(data)
     except BenchmarkError as error:
         raise BenchmarkError(f"{name}: {error}") from None
@@ -132,7 +132,9 @@ def _check_names(file: str, suite_name: str, suite: Suite) -> None:
             _named(f"{where}.tasks[{i}].agents[{j}]", agent_spec, agent)
         for agent in entry.config:
             if agent not in entry.agents:
-                raise BenchmarkError(f"{where}.tasks[{i}].config: '{agent}' is not among its agents{nearest(agent, entry.agents)}")
+                raise BenchmarkError(
+                    f"{where}.tasks[{i}].config: '{agent}' is not among its agents{nearest(agent, entry.agents)}"
+                )
         spec = _named(f"{where}.tasks[{i}].id", task_spec, entry.id)
         if spec is None and entry.cost_limit is None:
             raise BenchmarkError(f"{where}.tasks[{i}].cost_limit: needed, since {entry.id} is no task of this package")
@@ -151,9 +153,7 @@ def get_suite(benchmarks: Benchmarks, name: str) -> Suite:
     return benchmarks.suites[name]
 
 
-def cells(
-    suite: Suite, agents: list[str] | None = None, tasks: list[str] | None = None, seeds: int | None = None
-) -> list[Cell]:
+def cells(suite: Suite, agents: list[str] | None = None, tasks: list[str] | None = None, seeds: int | None = None) -> list[Cell]:
     """The suite's cells, task by task, agent by agent, seed by seed; restricted to the named agents and tasks if any are.
 
     An agent that the suite does not run is added to every task (a third party's, say). BenchmarkError for a task that the suite

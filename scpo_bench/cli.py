@@ -17,7 +17,9 @@ app = typer.Typer(
 )
 
 ResultsOption = Annotated[Path, typer.Option("--results", help="Folder of run records.")]
-FileOption = Annotated[Path | None, typer.Option("--file", help="Suites file [default: ./benchmarks.yaml, else the packaged one].")]
+FileOption = Annotated[
+    Path | None, typer.Option("--file", help="Suites file [default: ./benchmarks.yaml, else the packaged one].")
+]
 JobsOption = Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time, one process each.")]
 SeedsOption = Annotated[int | None, typer.Option("--seeds", min=1, help="Seeds per agent and task [default: the suite's].")]
 
@@ -127,7 +129,9 @@ def compare(
     agents: Annotated[list[str], typer.Argument(help="Agents to compare, by name or module:Class.")],
     task: Annotated[str, typer.Option(help="Gymnasium id.")],
     seeds: Annotated[int, typer.Option(min=1)] = 3,
-    steps: Annotated[int | None, typer.Option(min=1, help="Interaction steps per run [default: as in suite quick, or 100000].")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Interaction steps per run [default: as in suite quick, or 100000].")
+    ] = None,
     jobs: JobsOption = 1,
     results: ResultsOption = Path("results"),
     cost_limit: Annotated[float | None, typer.Option(min=0, help="Cost per episode [default: the task's].")] = None,
@@ -178,7 +182,9 @@ def leaderboard(
 def plot(
     suite: Annotated[str, typer.Argument(help="Suite whose records to plot.")],
     results: ResultsOption = Path("results"),
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the figures [default: RESULTS/SUITE/plots].")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the figures [default: RESULTS/SUITE/plots].")
+    ] = None,
     format: Annotated[str, typer.Option(help="png, svg or pdf (comma-separated).")] = "png",
 ) -> None:
     """Figures per update: objective, worst constraint value, violations; SCPO's certificate against what was realised."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import platform
@@ -17,6 +18,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from scpo_bench.policies import AffineBackup, BackupActorCriticPolicy
@@ -46,27 +48,39 @@ def make_agent(cell: Cell, env: VecEnv) -> Any:
     # One branch of the seed tree per use: the agent's generators and its environments' must not run in step.
     seed = int(np.random.SeedSequence(cell.seed).generate_state(1)[0])
     config = dict(cell.config)
-    if cell.start == "random":
-        return agent_class("MlpPolicy", env, seed=seed, **config)
-    task = getattr(env.unwrapped, "task", None)
-    if task is None:
-        raise ValueError(f"start: 'backup' needs a task with a backup controller, and {cell.task} has none; use 'random'")
-    aliases = getattr(agent_class, "policy_aliases", {})
-    kwargs = {**config.pop("policy_kwargs", {}), "backup": AffineBackup(*task.backup_gain())}
-    # Agents of this package take the backup by themselves; SB3's actor-critic algorithms take our policy class.
-    on_policy = getattr(aliases.get("MlpPolicy"), "__module__", "") == "stable_baselines3.common.policies"
-    policy: Any = BackupActorCriticPolicy if on_policy and not hasattr(agent_class, "Config") else "MlpPolicy"
+    if "cost_limit" in _config_fields(agent_class):
+        config.setdefault("cost_limit", cell.cost_limit)  # one limit per cell: what is judged is what the agent is told
+    policy: Any = "MlpPolicy"
+    if cell.start == "backup":
+        task = getattr(env.unwrapped, "task", None)
+        if task is None:
+            raise ValueError(f"start: 'backup' needs a task with a backup controller, and {cell.task} has none; use 'random'")
+        config["policy_kwargs"] = {**config.get("policy_kwargs", {}), "backup": AffineBackup(*task.backup_gain())}
+        if getattr(agent_class, "policy_aliases", {}).get("MlpPolicy") is ActorCriticPolicy:
+            policy = BackupActorCriticPolicy
     try:
-        return agent_class(policy, env, seed=seed, policy_kwargs=kwargs, **config)
+        return agent_class(policy, env, seed=seed, **config)
     except TypeError as error:
-        if "backup" in str(error):
+        if cell.start == "backup" and "backup" in str(error):
             raise ValueError(f"start: 'backup': agent '{cell.agent}' has no policy that starts at a backup") from None
         raise
 
 
+def _config_fields(agent_class: type[Any]) -> set[str]:
+    """Names of the fields of the agent's Config dataclass, if it has one."""
+    config_class = getattr(agent_class, "Config", None)
+    return {f.name for f in dataclasses.fields(config_class)} if dataclasses.is_dataclass(config_class) else set()
+
+
+def resolved_config(agent: Any) -> dict[str, Any]:
+    """The agent's configuration with every default filled in, as far as it shows one (a ``config`` dataclass)."""
+    config = getattr(agent, "config", None)
+    return dataclasses.asdict(config) if dataclasses.is_dataclass(config) and not isinstance(config, type) else {}
+
+
 def provenance() -> dict[str, Any]:
     """Package versions, git commit of the working directory's project if there is one, CPU and threads."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
             versions[name] = version(name)
@@ -132,6 +146,8 @@ def run_cell(cell: Cell, folder: Path, suite: str, progress: Callable[[int, int]
         try:
             wrapped = VecNormalize(env, norm_reward=False, clip_obs=10.0) if cell.normalize else env
             agent = make_agent(cell, wrapped)
+            run = run.model_copy(update={"resolved_config": resolved_config(agent)})
+            write_run(folder, run)
             recorder = UpdateRecorder(cell, env, evaluator, log, progress)
             agent.learn(total_timesteps=cell.steps, callback=recorder)
         finally:

@@ -114,7 +114,9 @@ def mpc_value(task: Any) -> tuple[float, float]:
         action = (task.mpc.actions(*state),)
         following = task.next_state(state, action)
         losses.append(task.objective_loss(state, action, step)[0].mean())
-        worst = max(worst, *(float(np.max(v)) for v in task.constraint_values(state, action, following, step + 1 == task.horizon)))
+        worst = max(
+            worst, *(float(np.max(v)) for v in task.constraint_values(state, action, following, step + 1 == task.horizon))
+        )
         state = following
     return float(np.mean(losses)), worst
 

@@ -58,7 +58,7 @@ class Cell(_Strict):
     env: dict[str, Any] = {}
     """Keyword arguments of the environment."""
     config: dict[str, Any] = {}
-    """The agent's resolved configuration."""
+    """What the suite sets of the agent's configuration."""
 
     def key(self) -> str:
         """Hash of exactly the fields above and the schema version. 64 hexadecimal digits."""
@@ -117,6 +117,8 @@ class Run(_Strict):
     updates: int = 0
     digest: str | None = None
     """Of a finished run: hash of its updates, timing aside."""
+    resolved_config: dict[str, Any] = {}
+    """The agent's configuration with every default filled in; ``cell.config`` holds what the suite set."""
     provenance: dict[str, Any] = {}
     """Package versions, git commit, CPU, threads."""
     started: str = ""

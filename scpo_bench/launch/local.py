@@ -148,9 +148,7 @@ def _raise_interrupt() -> None:
     raise KeyboardInterrupt
 
 
-def _run_in_processes(
-    cells: list[Cell], suite: str, results: Path, jobs: int, bars: _Bars
-) -> Iterator[tuple[Cell, str | None]]:
+def _run_in_processes(cells: list[Cell], suite: str, results: Path, jobs: int, bars: _Bars) -> Iterator[tuple[Cell, str | None]]:
     # A forked child would share torch's thread pools and the parent's generators: start fresh ones.
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager:

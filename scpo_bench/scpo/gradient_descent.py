@@ -56,7 +56,9 @@ class GradientDescentConfig:
         require_choice(self, "space", get_args(SpaceName))
         optimizer = getattr(torch.optim, str(self.optimizer), None)
         if not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)):
-            raise ValueError(f"{type(self).__name__}.optimizer: expected a class of torch.optim such as 'SGD', got {self.optimizer!r}")
+            raise ValueError(
+                f"{type(self).__name__}.optimizer: expected a class of torch.optim such as 'SGD', got {self.optimizer!r}"
+            )
 
 
 def require_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:

@@ -9,8 +9,9 @@ theta: |g_i(theta + D) - g_i(theta) - grad g_i . D| <= (L_i / 2) |D|^2. Put D = 
     g_i(theta + Q z) <= g_i(theta) + (Q' grad g_i) . z + (L_i / 2) |z|^2,
 
 and each component of Q' grad g_i is known as a difference quotient s_ij along q_j with probe radius rho, off by at most
-e_i = L_i rho / 2: one-sided, (g_i(theta + rho q_j) - g_i(theta)) / rho = grad g_i . q_j + error with |error| <= (L_i / 2) rho^2 / rho; central,
-the mean of two such quotients. Replacing the true slope costs at most sum_j e_i |z_j| = e_i |z|_1. Hence g_i(theta + Q z) <= gbar_i(z):
+e_i = L_i rho / 2: the one-sided quotient (g_i(theta + rho q_j) - g_i(theta)) / rho is grad g_i . q_j up to (L_i / 2) rho^2 / rho, and
+the central one is the mean of two such quotients. Replacing the true slope costs at most sum_j e_i |z_j| = e_i |z|_1. Hence
+g_i(theta + Q z) <= gbar_i(z):
 every z with gbar(z) <= 0 is truly safe whenever L_i is a valid bound. Source: SCPO, Cao, Borrelli, Joa, arXiv 2512.13788, and the
 derivation above. Each gbar_i is convex, and z = 0 satisfies gbar_i(0) = g_i, so from a safe theta the problem is feasible.
 """
@@ -154,8 +155,7 @@ def _interior_point(
     zero, diagonal = np.zeros(m), np.arange(n_rows)
     d_up = d_down = zero
 
-    iteration = 0
-    for iteration in range(1, max_iterations + 1):
+    for iterations in range(1, max_iterations + 1):  # noqa: B007 - the count is a result
         lam = dual[rows]
         jacobian = slopes + curvature[:, None] * y
         r_y = y - t + lam @ jacobian
@@ -226,4 +226,4 @@ def _interior_point(
         if not (np.isfinite(s) and s > 1e-10):
             break
         y, a, dual, slack = y + s * d_y, a + s * d_a, dual + s * d_dual, slack + s * d_slack
-    return y * unit, iteration
+    return y * unit, iterations
