@@ -11,9 +11,26 @@ from scpo_bench.records import Run, Update, digest
 _RELATIVE = 1e-6
 # run.json's times are whole seconds, so each is off by up to one.
 _CLOCK_SLACK_S = 2.0
+# Above these, numbers are no measurements but attempts at an overflow; below, sums and squares stay finite.
+MAX_COUNT, MAX_MAGNITUDE, MAX_NAME = 2**53, 1e100, 200
 _CUMULATIVE = ("interaction_steps", "probe_steps", "probe_violations", "wall_time_s")
 _EPISODE_FIELDS = ("return_mean", "cost_mean", "cost_max")
 _EVALUATION_FIELDS = ("iterate_return", "iterate_cost", "iterate_violates")
+
+
+def check_bounds(run: Run, updates: Sequence[Update]) -> str | None:
+    """Why nothing should be computed from this record, or None. To be asked before anything else is."""
+    for name in ("suite", "key", "cell.agent", "cell.task"):
+        text = getattr(run.cell, name.removeprefix("cell.")) if name.startswith("cell.") else getattr(run, name)
+        if len(text) > MAX_NAME or not text.isprintable():
+            return f"{name}: expected at most {MAX_NAME} printable characters, found {text[:40]!r}..."
+    for place, model in [("cell", run.cell), ("run", run), *((f"update {u.update}", u) for u in updates)]:
+        for name, value in [*vars(model).items(), *getattr(model, "diagnostics", {}).items()]:
+            if isinstance(value, int) and value > MAX_COUNT:
+                return f"{place}: {name}: expected at most {MAX_COUNT}, found more"
+            if isinstance(value, float) and abs(value) > MAX_MAGNITUDE:
+                return f"{place}: {name}: expected at most {MAX_MAGNITUDE:g} in magnitude, found {value:g}"
+    return None
 
 
 def check_record(run: Run, updates: Sequence[Update]) -> list[str]:

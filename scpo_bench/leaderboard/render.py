@@ -40,9 +40,10 @@ _UNKNOWN = "–"
 _STYLES = {SAFE: "green", SAFE_AT_THE_END: "yellow", UNDECIDED: "yellow", UNSAFE: "red", NO_RESULT: "dim"}
 
 
-def printable(text: object) -> str:
+def printable(text: object, limit: int = 600) -> str:
     """``text`` on one line, without control characters: a record's text must not steer a terminal or break a row."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
+    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text)[:limit])
+    return shown + "..." * (len(str(text)) > limit)
 
 
 def number(value: float, digits: int = 3) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from scpo_bench.leaderboard.consistency import check_record
+from scpo_bench.leaderboard.consistency import check_bounds, check_record
 from scpo_bench.leaderboard.metrics import COLUMNS as METRICS
 from scpo_bench.leaderboard.metrics import measure
 from scpo_bench.leaderboard.statistics import (
@@ -158,9 +158,15 @@ def read_records(results: Path, suite: str | None, problems: list[str] | None = 
         if first != folder:
             problems.append(f"left out: {folder}: the same run as {first}")
             continue
+        if reason := check_bounds(run, []):
+            problems.append(f"left out: {folder}: {reason}")
+            continue
         updates: list[Update] = []
         try:
             updates = read_updates(folder)
+            if reason := check_bounds(run, updates):
+                updates = []
+                raise RecordError(f"{folder}: {reason}")
             findings = check_record(run, updates)
         except RecordError as error:
             # A run that failed before its first update has no lines to read; that is no damage.
