@@ -89,6 +89,8 @@ class SafetyNavigationEnv(gymnasium.Env):
         width, height: size in pixels of rendered frames.
         camera_id, camera_name: camera of rendered frames (at most one of both); default ``vision``, the robot's own.
         fast: ``False`` runs the package's own code for steps and resets; the numbers are the same.  Race always does.
+            The fast path keeps one compiled model across resets: what you change in ``task.model`` (friction, say)
+            stays, where the original compiles it away.
         config: further settings of the package, e.g. ``{"vision_env_conf.vision_size": (64, 64)}``.
 
     Version history:
