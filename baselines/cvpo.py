@@ -14,11 +14,6 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import RolloutReturn
-from torch import Tensor
-
 from scpo_bench.baselines.configuration import require, resolve_config
 from scpo_bench.baselines.costs import EpisodeCosts, check_transition, read_costs
 from scpo_bench.baselines.cvpo_dual import EStep, cost_threshold, e_step
@@ -26,6 +21,10 @@ from scpo_bench.baselines.cvpo_policy import CVPOPolicy, gaussian_kl_split, weig
 from scpo_bench.baselines.multipliers import projected_ascent
 from scpo_bench.baselines.normalisation import normalisation_state, restore_normalisation
 from scpo_bench.baselines.replay import CostReplay
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import RolloutReturn
+from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ vector environment; neither adds any arithmetic of its own.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -107,10 +107,10 @@ def _given_starts(task: BatchedTask, options: dict[str, Any] | None, n: int) -> 
     return tuple(states.T)
 
 
-class BatchedTaskEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
+class BatchedTaskEnv(gym.Env[Any, Any]):
     """One instance of a batched task. ``reset(options={"states": [[...]]})`` sets the start state (shape (1, obs_dim))."""
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
+    metadata = {"render_modes": []}  # noqa: RUF012 - Gymnasium declares it as an instance variable
 
     def __init__(self, task: BatchedTask, render_mode: None = None) -> None:
         self.task = task
@@ -154,7 +154,7 @@ class BatchedTaskVectorEnv(VectorEnv[Any, Any, Any]):
     ``reset(options={"states": array [num_envs, obs_dim]})`` sets the start states.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}
+    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}  # noqa: RUF012 - as above
 
     def __init__(self, task: BatchedTask, num_envs: int = 1, render_mode: None = None) -> None:
         self.task = task

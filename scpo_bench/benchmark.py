@@ -114,7 +114,7 @@ def _explain(error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
     where = _place(problem["loc"])
     if problem["type"] == "extra_forbidden":
-        models = {1: Benchmarks, 3: Suite}
+        models: dict[int, type[BaseModel]] = {1: Benchmarks, 3: Suite}
         fields = models.get(len(problem["loc"]), TaskEntry).model_fields
         return f"{where}: unknown key{nearest(str(problem['loc'][-1]), list(fields))}"
     came = "" if problem["type"] == "missing" else f", got {str(problem['input'])[:60]!r}"

@@ -59,7 +59,7 @@ class RecordingVecEnv(VecEnvWrapper):
             costs = np.array([info["cost"] for info in infos], dtype=np.float64)
         except KeyError:
             raise KeyError("info['cost'] is missing; every step of a task must report its cost") from None
-        check_transition(self.steps, observations, rewards, costs, dones, infos)
+        check_transition(self.steps, np.asarray(observations), rewards, costs, dones, infos)
         seen = self._collection
         self._return_N += rewards
         self._cost_N += costs

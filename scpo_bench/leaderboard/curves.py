@@ -81,3 +81,21 @@ def share(curves: Sequence[Floats]) -> tuple[Floats, Floats]:
     stacked = stack(curves)
     measured = np.flatnonzero(~np.isnan(stacked).all(axis=0))
     return measured.astype(float), np.nanmean(stacked[:, measured], axis=0) if measured.size else np.zeros(0)
+
+
+def robust_range(values: Sequence[Floats], always: Sequence[float] = ()) -> tuple[float, float, float | None] | None:
+    """(low, high, largest) of what to show: nearly all values and all of ``always``; None if there is nothing.
+
+    One diverging agent would flatten all the others, so far outliers above are left out; then ``largest`` is how far they reach.
+    """
+    known = np.concatenate([v[np.isfinite(v)] for v in values]) if values else np.zeros(0)
+    fixed = [v for v in always if math.isfinite(v)]
+    if not known.size and not fixed:
+        return None
+    ends = np.quantile(known, [0.01, 0.98]).tolist() if known.size else []
+    low, high = min([*ends, *fixed]), max([*ends, *fixed])
+    largest = float(known.max()) if known.size else high
+    if high > low and largest > high + 2 * (high - low):
+        return low, high, largest
+    everything = [*known.tolist(), *fixed]
+    return min(everything), max(everything), None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scpo_bench.leaderboard.curves import RunCurves, band, share, stack
+from scpo_bench.leaderboard.curves import RunCurves, band, robust_range, share, stack
 from scpo_bench.leaderboard.render import printable
 from scpo_bench.leaderboard.tables import read_records, reference_of, setup_of
 from scpo_bench.references import load_references
@@ -134,20 +134,15 @@ def _style_of(styles: dict[str, dict[str, Any]], agent: str, taken: int) -> dict
 
 
 def _robust_limits(axes: Axes, values: Sequence[np.ndarray], always: Sequence[float]) -> None:
-    """Show 0 to 98 % of what was drawn and what must be seen: one diverging agent would flatten all the others."""
-    known = np.concatenate([v[np.isfinite(v)] for v in values]) if values else np.zeros(0)
-    fixed = [v for v in always if math.isfinite(v)]
-    if not known.size and not fixed:
+    """Leave far outliers out of the picture, and say so."""
+    shown = robust_range(values, always)
+    if shown is None or shown[2] is None:
         return
-    low, high = np.quantile(known, [0.01, 0.98]) if known.size else (min(fixed), max(fixed))
-    low, high = min([low, *fixed]), max([high, *fixed])
-    spread = high - low
-    reached = known.max() if known.size else high
-    if spread > 0 and reached > high + 2 * spread:
-        axes.set_ylim(low - 0.06 * spread, high + 0.15 * spread)
-        axes.annotate(
-            f"off the scale, up to {reached:.3g}", (0.02, 0.98), xycoords="axes fraction", va="top", fontsize=8, color="#555555"
-        )  # fmt: skip
+    low, high, largest = shown
+    axes.set_ylim(low - 0.06 * (high - low), high + 0.15 * (high - low))
+    axes.annotate(
+        f"off the scale, up to {largest:.3g}", (0.02, 0.98), xycoords="axes fraction", va="top", fontsize=8, color="#555555"
+    )  # fmt: skip
 
 
 def _draw_bands(axes: Axes, groups: Groups, styles: dict[str, dict[str, Any]], name: str) -> list[np.ndarray]:

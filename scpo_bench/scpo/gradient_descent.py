@@ -185,7 +185,7 @@ class GradientDescent(BaseAlgorithm):
             callback.update_locals(locals())
             if not callback.on_step():
                 return False
-            self._last_obs = observations
+            self._last_obs = np.asarray(observations)
             if self.config.labels == "visited":
                 labels = np.stack([info["expert_action"] for info in infos])
                 labels[dones] = self._reset_labels(np.flatnonzero(dones)) if dones.any() else labels[dones]

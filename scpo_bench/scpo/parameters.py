@@ -6,7 +6,7 @@ Every space is affine in the policy's weights, so smoothness in the weights is s
 from __future__ import annotations
 
 import copy
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,12 @@ def make_space(name: SpaceName, policy: BackupActorCriticPolicy, reference: Tens
     return ActorWeights(policy, rank if name == "low_rank" else None)
 
 
+def _backup_of(policy: BackupActorCriticPolicy) -> Any:
+    """The backup controller, in float64."""
+    backup: Any = policy.mlp_extractor.backup
+    return copy.deepcopy(backup).double()
+
+
 class LastLayer:
     """The last layer alone, whitened: the policy is linear in w and |w| is the root mean square change of its action.
 
@@ -48,11 +54,13 @@ class LastLayer:
     """
 
     def __init__(self, policy: BackupActorCriticPolicy, reference: Tensor) -> None:
-        self._head = policy.action_net.linear
+        head: Any = policy.action_net
+        self._head: Any = head.linear
         # The features are fixed from here on: a copy in float64 serves every evaluation.
-        self._features = copy.deepcopy(policy.mlp_extractor.extractor.policy_net).double().requires_grad_(False)  # type: ignore[union-attr]
-        self._backup = copy.deepcopy(policy.mlp_extractor.backup).double()
-        self._action_dim = self._head.out_features
+        extractor: Any = policy.mlp_extractor.extractor
+        self._features: Any = copy.deepcopy(extractor.policy_net).double().requires_grad_(False)
+        self._backup: Any = _backup_of(policy)
+        self._action_dim = int(self._head.out_features)
         with torch.no_grad():
             phi = self._with_bias(self._features(reference.double()))
             energy, directions = torch.linalg.eigh(phi.T @ phi / len(phi))
@@ -85,8 +93,9 @@ class _Actor(nn.Module):
 
     def __init__(self, policy: BackupActorCriticPolicy) -> None:
         super().__init__()
-        self.features = policy.mlp_extractor.extractor.policy_net  # type: ignore[union-attr]
-        self.head = policy.action_net.linear
+        extractor: Any = policy.mlp_extractor.extractor
+        head: Any = policy.action_net
+        self.features, self.head = extractor.policy_net, head.linear
 
     def forward(self, observations: Tensor) -> Tensor:
         return self.head(self.features(observations))
@@ -102,7 +111,7 @@ class ActorWeights:
     def __init__(self, policy: BackupActorCriticPolicy, rank: int | None) -> None:
         self._live = _Actor(policy)
         self._actor = copy.deepcopy(self._live).double().requires_grad_(False)
-        self._backup = copy.deepcopy(policy.mlp_extractor.backup).double()
+        self._backup: Any = _backup_of(policy)
         self._start = {name: p.detach().clone() for name, p in self._actor.named_parameters()}
         generator = torch.Generator().manual_seed(0)
         self._bases: dict[str, Tensor] = {}

@@ -218,7 +218,7 @@ def _interior_point(
             _, _, d_dual, d_slack = newton(-dual * slack)
             s = step_length(d_dual, d_slack)
             mu_ahead = (dual + s * d_dual) @ (slack + s * d_slack) / count
-            centre = max((mu_ahead / mu) ** 3 * mu, 1e-14)
+            centre = max(float((mu_ahead / mu) ** 3 * mu), 1e-14)
             d_y, d_a, d_dual, d_slack = newton(centre - dual * slack - d_dual * d_slack)
         except np.linalg.LinAlgError:
             break
