@@ -86,7 +86,8 @@ def share(curves: Sequence[Floats]) -> tuple[Floats, Floats]:
 def robust_range(values: Sequence[Floats], always: Sequence[float] = ()) -> tuple[float, float, float | None] | None:
     """(low, high, largest) of what to show: nearly all values and all of ``always``; None if there is nothing.
 
-    One diverging agent would flatten all the others, so far outliers above are left out; then ``largest`` is how far they reach.
+    One diverging agent would flatten all the others, so far outliers above are left out; then ``largest`` is how far
+    they reach.
     """
     known = np.concatenate([v[np.isfinite(v)] for v in values]) if values else np.zeros(0)
     fixed = [v for v in always if math.isfinite(v)]
