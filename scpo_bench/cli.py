@@ -121,7 +121,9 @@ def _run(todo: list[Any], suite: str, results: Path, jobs: int) -> None:
         highlight=False,
     )
     if outcome.failed:
-        raise typer.Exit(1)
+        # A refused configuration or start policy is the user's to mend, like any other bad input; the rest is a failure.
+        users = all(error.startswith(("ValueError", "UnsafeStartError")) for _, error in outcome.failed)
+        raise typer.Exit(2 if users else 1)
 
 
 @app.command()

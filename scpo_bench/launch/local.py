@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from scpo_bench.benchmark import run_folder
@@ -73,8 +74,9 @@ def run_cells(cells: list[Cell], suite: str, results: Path, jobs: int, console: 
         runs = _run_here(todo, suite, results, bars) if jobs == 1 else _run_in_processes(todo, suite, results, jobs, bars)
         for cell, error in runs:
             if error is not None:
+                if all((cell.agent, cell.task, error) != (c.agent, c.task, e) for c, e in failed):  # not once per seed
+                    console.print("[red]failed[/red]", escape(f"{_label(cell)}: {error}"), highlight=False, soft_wrap=True)
                 failed.append((cell, error))
-                console.print(f"[red]failed[/red] {_label(cell)}: {error}", highlight=False)
             bars.cell_done(cell)
     return Outcome(len(todo) - len(failed), len(cells) - len(todo), failed)
 

@@ -78,14 +78,16 @@ class SCPO(GradientDescent):
     Config: ClassVar[type[GradientDescentConfig]] = SCPOConfig
     config: SCPOConfig
 
-    def _setup_model(self) -> None:
-        super()._setup_model()
+    def __init__(self, policy: Any, env: Any, **kwargs: Any) -> None:
         self._evaluator: BatchedEvaluator | None = None
         self._g: Floats | None = None  # g at the deployed policy
+        self._safe: tuple[Floats, Floats] | None = None  # (w, g) of the last policy that was seen to be safe
         self._smoothness: Floats | None = None  # L_i
         self._memory: DirectionMemory | None = None
         self.breaches = 0  # certified steps whose realised constraints exceeded the bound
         self.held = 0  # updates that stayed at z = 0
+        self.recoveries = 0  # updates that went back to the last safe policy (certified mode, after a breach)
+        super().__init__(policy, env, **kwargs)
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_evaluator"]
@@ -113,9 +115,13 @@ class SCPO(GradientDescent):
 
     def train(self) -> None:
         """One update: propose, probe, certify, project and, in ``verified`` mode, look before deploying."""
-        proposal, loss = self.propose()
         g = self._g
         assert g is not None
+        if (g > 0).any():
+            self._recover()
+            return
+        self._safe = (self.w, g)
+        proposal, loss = self.propose()
         memory = self._memory or DirectionMemory.empty(len(g), len(self.w))
         basis = probe_basis(proposal, memory.candidates(self.w), self.config.directions, self.rng)
         slopes, curvature = self._probe(basis, g)
@@ -157,10 +163,19 @@ class SCPO(GradientDescent):
             "step_norm": float(np.linalg.norm(accepted)),
             "breaches": float(self.breaches),
             "held": float(self.held),
+            "recoveries": float(self.recoveries),
             **{f"bound/{name}": float(v) for name, v in zip(self.evaluator.names, bound)},
             **{f"realised/{name}": float(v) for name, v in zip(self.evaluator.names, realised)},
             **{f"L/{name}": float(v) for name, v in zip(self.evaluator.names, L)},
         }
+
+    def _recover(self) -> None:
+        """Back to the last safe policy: from an unsafe one (a breach in ``certified`` mode) nothing can be certified."""
+        assert self._safe is not None
+        w, self._g = self._safe
+        self.deploy(w)
+        self.recoveries += 1
+        self.diagnostics = {**self.diagnostics, "recoveries": float(self.recoveries), "step_norm": 0.0}
 
     def _probe(self, basis: Floats, g: Floats) -> tuple[Floats, Floats | None]:
         """(slopes [k, m], second differences [k] or None where only forward quotients were taken)."""

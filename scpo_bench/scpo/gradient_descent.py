@@ -17,7 +17,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import nn
 
 from scpo_bench.baselines.configuration import require, resolve_config
-from scpo_bench.policies import BackupActorCriticPolicy
+from scpo_bench.policies import AffineBackup, BackupActorCriticPolicy
 from scpo_bench.scpo.parameters import ParameterSpace, SpaceName, make_space
 from scpo_bench.scpo.projection import Floats
 
@@ -102,6 +102,7 @@ class GradientDescent(BaseAlgorithm):
         self.w: Floats = np.zeros(0)
         self._observations: Any = None  # [n, obs_dim] and [n, action_dim], oldest first
         self._labels: Any = None
+        self.rng: Any = None
         self._reference: Any = None
         self._optimizer_state: dict[str, Any] | None = None
         self._space: ParameterSpace | None = None
@@ -113,10 +114,11 @@ class GradientDescent(BaseAlgorithm):
 
     def _setup_model(self) -> None:
         self.set_random_seed(self.seed)
-        self.rng = np.random.default_rng(np.random.SeedSequence(self.seed))
+        if self.rng is None:  # else it has just been loaded
+            self.rng = np.random.default_rng(np.random.SeedSequence(self.seed))
         kwargs = {"net_arch": {"pi": [self.config.features], "vf": []}, "ortho_init": False, **self.policy_kwargs}
-        if "backup" not in kwargs:
-            raise ValueError("policy_kwargs.backup: expected a torch module that maps observations to safe actions, got nothing")
+        # Without a backup the start policy is zero action everywhere; whether that is safe is for the constraints to say.
+        kwargs.setdefault("backup", AffineBackup(np.zeros((self.action_space.shape[0], self.observation_space.shape[0]))))  # type: ignore[index]
         self.policy = BackupActorCriticPolicy(self.observation_space, self.action_space, lambda _: 0.0, **kwargs).to(self.device)
         scale = self.config.feature_scale
         with torch.no_grad():
