@@ -108,7 +108,9 @@ def _row_details(table: pd.DataFrame, runs: pd.DataFrame) -> list[dict[str, Any]
 
 def _labels(runs: pd.DataFrame) -> list[tuple[str, str, str]]:
     """(suite, task, agent as the table names it) of each run."""
-    several = runs.groupby(["suite", "task", "agent"])["setup"].transform("nunique") > 1 if len(runs) else []
+    if runs.empty:
+        return []
+    several = runs.groupby(["suite", "task", "agent"])["setup"].transform("nunique") > 1
     return [
         (suite, task, f"{agent} #{setup[:4]}" if many else agent)
         for suite, task, agent, setup, many in zip(runs["suite"], runs["task"], runs["agent"], runs["setup"], several)

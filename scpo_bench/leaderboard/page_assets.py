@@ -122,7 +122,7 @@ const COLUMNS = [
   { label: "Verdict", left: true, key: r => order.get(r.verdict), cell: verdictCell },
   { label: "Seeds", key: r => r.seeds_finished, cell: r => `${r.seeds_finished}/${r.seeds_planned}` },
   { label: "Score", key: r => r.score, cell: scoreCell },
-  { label: "Final cost", key: r => r.cost_final, 
+  { label: "Final cost", key: r => r.cost_final,
     cell: r => make("span", { class: "nowrap" }, number(r.cost_final) + (r.cost_limit ? ` / ${number(r.cost_limit)}` : "")) },
   { label: "Violating iterates", key: r => r.violating_iterate_share,
     cell: r => make("span", { class: "nowrap" }, r.evaluated_iterates
