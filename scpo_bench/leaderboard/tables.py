@@ -227,6 +227,7 @@ def load(
     references = load_references() if references is None else references
     problems: list[str] = []
     rows, keys = [], set()
+    by_key = {cell.key(): cell for cell in planned or ()}
     for record in read_records(results, suite, problems):
         run = record.run
         keys.add((run.suite, run.key))
@@ -234,11 +235,13 @@ def load(
         metrics = asdict(measure(record.updates, run.cell.cost_limit, reference)) if record.updates else {}
         status, error = ("damaged", record.problem) if record.problem else (run.status, run.error)
         more = {"key": run.key, "folder": str(record.folder), "reference": reference, "provenance": run.provenance}
-        rows.append(_row(run.suite, run.cell, status, error, **more, **metrics))
-    for cell in planned or ():
+        # A damaged record may misstate its cell; if its key was planned, it counts against the plan's cell.
+        cell = by_key.get(run.key, run.cell) if record.problem else run.cell
+        rows.append(_row(run.suite, cell, status, error, **more, **metrics))
+    for key, cell in by_key.items():
         name = suite or ""
-        if (name, cell.key()) not in keys:
-            more = {"key": cell.key(), "folder": "", "reference": reference_of(cell, references), "provenance": {}}
+        if (name, key) not in keys:
+            more = {"key": key, "folder": "", "reference": reference_of(cell, references), "provenance": {}}
             rows.append(_row(name, cell, "missing", "planned, but there is no record", **more))
     runs = pd.DataFrame(rows, columns=[*_IDENTITY, *METRICS])
     runs[list(METRICS)] = runs[list(METRICS)].astype(float)

@@ -1,0 +1,472 @@
+"""Records to ranked tables and back to text: nothing lost, nothing flattered, nothing executed."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+from synthetic_records import (
+    GOAL,
+    IMITATION,
+    REFERENCES,
+    REGRESSION,
+    folder_of,
+    synthetic_cell,
+    synthetic_updates,
+    write_record,
+    write_suite,
+)
+
+from scpo_bench.leaderboard import tables
+from scpo_bench.leaderboard.metrics import measure
+from scpo_bench.leaderboard.render import count, number, percent, print_table, printable, render
+from scpo_bench.leaderboard.statistics import iqm_interval
+from scpo_bench.leaderboard.tables import COLUMNS, aggregate, leaderboard, load, read_records
+from scpo_bench.records import UPDATES_FILE, Cell, Update
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory):
+    """(results, planned): three tasks, three agents, three seeds; on the imitation task one sgd run failed and one is
+    missing.
+    """
+    results = tmp_path_factory.mktemp("results")
+    planned = write_suite(results)
+    failed = synthetic_cell("sgd", IMITATION, 3, 30)
+    write_record(results, "synthetic", failed, synthetic_updates(failed, 30)[:8], status="failed", error="ValueError: [red]x|y")
+    return results, [*planned, failed, synthetic_cell("sgd", IMITATION, 4, 30)]
+
+
+@pytest.fixture(scope="module")
+def runs(suite):
+    results, planned = suite
+    return load(results, "synthetic", planned, REFERENCES)
+
+
+@pytest.fixture(scope="module")
+def table(runs):
+    return leaderboard(runs)
+
+
+def row_of(table: pd.DataFrame, task: str, agent: str) -> pd.Series:
+    return table[(table["task"] == task) & (table["agent"] == agent)].iloc[0]
+
+
+def test_runs_are_the_metrics_of_their_records(suite, runs):
+    """The table of runs must not compute anything of its own: each row is measure() of its updates."""
+    assert len(runs) == 29
+    for _, run in runs[runs["status"] == "finished"].iterrows():
+        cell = synthetic_cell(run["agent"], run["task"], run["seed"], 30)
+        expected = measure(synthetic_updates(cell, 30), cell.cost_limit, REFERENCES.get(cell.task))
+        for name in tables.METRICS:
+            np.testing.assert_equal(run[name], float(getattr(expected, name)), err_msg=name)
+
+
+def test_unfinished_runs_stay_at_the_floor(runs):
+    """Failed and missing seeds get the worst outcome seen on their task, not a place outside the average."""
+    of_task = runs[runs["task"] == IMITATION]
+    worst = max(of_task["start_objective"].max(), of_task.loc[of_task["status"] == "finished", "final_objective"].max())
+    for status in ("failed", "missing"):
+        run = of_task[of_task["status"] == status].iloc[0]
+        assert run["final_objective"] == worst
+        assert run["score"] == pytest.approx((0.5 - worst) / 0.4)
+        assert math.isnan(run["final_violates"])
+    failed = of_task[of_task["status"] == "failed"].iloc[0]
+    assert failed["updates"] == 7  # what happened until then still counts
+
+
+def test_a_failed_seed_lowers_the_score_and_the_share(suite, table):
+    """Dropping failures would let an agent that crashes when it does badly win."""
+    row = row_of(table, IMITATION, "sgd")
+    assert (row["seeds_planned"], row["seeds_finished"], row["seeds_failed"], row["seeds_missing"]) == (5, 3, 1, 1)
+    kept = leaderboard(load(suite[0], "synthetic", None, REFERENCES).query("status == 'finished'"))
+    assert row["score"] < row_of(kept, IMITATION, "sgd")["score"]
+    assert row["feasible_share"] == row["feasible_seeds"] / 5
+
+
+def test_aggregated_counts_by_hand(runs, table):
+    """Sums over seeds, shares of sums, earliest and worst of all seeds."""
+    for _, row in table.iterrows():
+        group = runs[(runs["task"] == row["task"]) & (runs["agent"] == row["agent"])]
+        assert row["violating_iterates"] == group["violating_iterates"].sum()
+        if row["evaluated_iterates"]:
+            assert row["violating_iterate_share"] == row["violating_iterates"] / row["evaluated_iterates"]
+        assert row["first_violating_update"] == group["first_violating_update"].min()
+        assert row["seeds_that_violated"] == (group["violating_iterates"] > 0).sum()
+        assert row["score"] == iqm_interval([group["score"]]).value
+    scpo = row_of(table, IMITATION, "scpo")
+    assert (scpo["violating_iterates"], scpo["evaluated_iterates"], scpo["first_violating_update"]) == (0, 90, math.inf)
+
+
+def test_feasibility_comes_before_the_score(table):
+    """ppo and sgd reach a lower loss than scpo here and must stand below it: they violate."""
+    for task in (IMITATION, REGRESSION):
+        first = table[table["task"] == task].iloc[0]
+        assert (first["agent"], first["verdict"], first["rank"]) == ("scpo", tables.SAFE, 1)
+        order = [list(tables.VERDICTS).index(v) for v in table.loc[table["task"] == task, "verdict"]]
+        assert order == sorted(order)
+
+
+def made_up(agent: str, scores: list[float], violates: float = 0.0, **fields: float) -> pd.DataFrame:
+    """Finished runs of one agent on one task with these scores, everything else the same."""
+    cells = [synthetic_cell(agent, GOAL, seed, 1) for seed in range(len(scores))]
+    fields = {"final_cost": 10.0, **fields}
+    rows = []
+    for cell, score in zip(cells, scores):
+        metrics = measure(synthetic_updates(cell, 1), cell.cost_limit)
+        more = {"score": score, "score_kind": "return", "final_violates": violates, "violating_iterates": violates, **fields}
+        rows.append({**tables._row("s", cell, "finished", None), **metrics.__dict__, "key": cell.key(), **more})
+    return pd.DataFrame(rows)
+
+
+def test_overlapping_intervals_are_a_tie_but_not_a_chain():
+    """a and b overlap, b and c overlap, a and c do not: c must not share the rank of a."""
+    grid = np.linspace(-1, 1, 10)
+    table = leaderboard(
+        pd.concat([made_up("a", 3 + grid), made_up("b", 2.4 + grid), made_up("c", 1.4 + grid)], ignore_index=True)
+    )
+    assert table["agent"].tolist() == ["a", "b", "c"]
+    assert table["rank"].tolist() == [1, 1, 3]
+    assert table["tied"].tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("costs", "violates", "verdict"),
+    [
+        ([10.0] * 10, 0.0, tables.SAFE),
+        ([10.0] * 10, 1.0, tables.UNSAFE),  # every final iterate violates
+        ([20.0, 21, 22, 23, 24, 25, 26, 27, 28, 29], 0.0, tables.UNDECIDED),  # mean 24.5, and 25 within the interval
+        ([30.0, 31, 32, 33, 34, 35, 36, 37, 38, 39], 0.0, tables.UNSAFE),
+    ],
+)
+def test_safe_needs_the_upper_confidence_bound_within_the_limit(costs, violates, verdict):
+    """A mean below the limit is not yet safe."""
+    runs = made_up("a", [1.0] * 10, violates)
+    runs["final_cost"] = costs
+    assert leaderboard(runs)["verdict"].tolist() == [verdict]
+
+
+def test_verdict_tells_the_way_from_the_end(runs):
+    """An agent whose last iterates are feasible but that violated before is not "safe throughout"."""
+    made = made_up("a", [1.0] * 10)
+    made["violating_iterates"] = 1.0
+    assert leaderboard(made)["verdict"].tolist() == [tables.SAFE_AT_THE_END]
+
+
+def test_preliminary_below_ten_seeds(table):
+    """Ten finished seeds and not fewer take the mark away."""
+    assert table["preliminary"].all()
+    assert not leaderboard(made_up("a", list(range(10))))["preliminary"].any()
+    assert leaderboard(made_up("a", list(range(9))))["preliminary"].all()
+
+
+def test_two_setups_of_one_agent_are_two_rows(tmp_path):
+    """Runs with different budgets or settings must not be averaged."""
+    for seed in range(2):
+        for updates in (5, 8):
+            cell = synthetic_cell("sgd", IMITATION, seed, updates)
+            write_record(tmp_path / str(updates), "s", cell, synthetic_updates(cell, updates))
+    table = leaderboard(load(tmp_path, None, None, REFERENCES))
+    assert len(table) == 2
+    assert all(agent.startswith("sgd #") for agent in table["agent"])
+    assert table["seeds_planned"].tolist() == [2, 2]
+
+
+def test_references_apply_only_to_the_environment_they_were_made_for(tmp_path):
+    """With other environment arguments the committed constants mean nothing."""
+    cell = synthetic_cell("sgd", IMITATION, 0, 3, env={"horizon": 5})
+    write_record(tmp_path, "s", cell, synthetic_updates(cell, 3))
+    runs = load(tmp_path, "s", None, REFERENCES)
+    assert math.isnan(runs["gap_closed"].iloc[0])
+    assert runs["score_kind"].tolist() == ["objective"]
+
+
+def test_damage_is_shown_not_dropped(tmp_path):
+    """An edited record stays as a damaged seed; an unreadable run.json is named; a copy counts once."""
+    cells = write_suite(tmp_path, "s", (IMITATION,), ("sgd",), seeds=3, updates=5)
+    edited = folder_of(tmp_path, "s", cells[0])
+    run_file = edited / "run.json"
+    run_file.write_text(run_file.read_text().replace(f'"steps": {cells[0].steps}', '"steps": 400'))
+    unreadable = folder_of(tmp_path, "s", cells[1])
+    (unreadable / "run.json").write_text("{")
+    copy = tmp_path / "s" / "copy"
+    copy.mkdir()
+    for path in folder_of(tmp_path, "s", cells[2]).iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    runs = load(tmp_path, "s", cells, REFERENCES)
+    table = leaderboard(runs)
+    problems = "\n".join(runs.attrs["problems"])
+    assert "the same run as" in problems
+    assert "Invalid JSON" in problems
+    damaged = runs[runs["status"] == "damaged"]
+    assert len(damaged) == 1
+    assert "key" in damaged["error"].iloc[0]
+    assert len(table) == 1
+    row = table.iloc[0]
+    assert (row["seeds_planned"], row["seeds_finished"], row["seeds_damaged"], row["seeds_missing"]) == (3, 1, 1, 1)
+    assert row["verification"] == "1 damaged"
+    for format in ("md", "json", "latex"):
+        assert "damaged" in render(table, format), format
+
+
+def test_interrupted_and_running_runs_are_counted(tmp_path):
+    """A killed run leaves status running and a cut last line; neither may break the table nor vanish."""
+    for seed, status in enumerate(("running", "interrupted")):
+        cell = synthetic_cell("sgd", IMITATION, seed, 10)
+        folder = write_record(tmp_path, "s", cell, synthetic_updates(cell, 10)[:4], status=status)
+        if status == "running":
+            with open(folder / UPDATES_FILE, "ab") as file:
+                file.write(b'{"update": 4, "inter')
+    cell = synthetic_cell("sgd", IMITATION, 2, 10)
+    folder = write_record(tmp_path, "s", cell, [], status="failed", error="no start")
+    (folder / UPDATES_FILE).unlink()
+    table = leaderboard(load(tmp_path, "s", None, REFERENCES))
+    row = table.iloc[0]
+    assert (row["verdict"], row["seeds_planned"], row["seeds_unfinished"], row["seeds_failed"]) == (tables.NO_RESULT, 3, 2, 1)
+    assert row["verification"] == "none"
+
+
+def test_nothing_there(tmp_path):
+    """No records give an empty table in every format, not an exception."""
+    table = leaderboard(load(tmp_path / "none", "s"))
+    assert table.empty
+    assert list(table.columns) == list(COLUMNS)
+    for format in ("md", "latex", "csv", "json"):
+        assert render(table, format)
+    print_table(table, Console(file=io.StringIO()))
+
+
+def test_commands_are_quoted(runs, table):
+    """Every row's command is what a shell needs to run it again; a record's text cannot smuggle a second one in."""
+    assert row_of(table, IMITATION, "sgd")["command"] == (f"scpo-bench run synthetic --agents sgd --tasks {IMITATION} --seeds 5")
+    hostile = tables.command_of("s", "x; rm -rf ~", "t", 1, 1)
+    assert hostile == "scpo-bench run s --agents 'x; rm -rf ~' --tasks t --seeds 1"
+    assert tables.command_of("compare-t", "a", "t", 3, 70) == "scpo-bench compare a --task t --seeds 3 --steps 70"
+
+
+def test_aggregates_over_tasks(runs, table):
+    """Only tasks with constants count, and chances to beat one another add up to one."""
+    aggregates = {a.agent: a for a in aggregate(runs)}
+    assert {a.tasks for a in aggregates.values()} == {2}
+    chance = aggregates["ppo"].improvement["sgd"].value + aggregates["sgd"].improvement["ppo"].value
+    assert chance == pytest.approx(1.0)
+    assert aggregates["scpo"].clean_runs.value == 1.0
+    assert aggregates["scpo"].profile == sorted(aggregates["scpo"].profile, reverse=True)
+    assert "synthetic" in table.attrs["aggregates"]
+    twice = pd.concat([runs, runs.assign(suite="other")])
+    with pytest.raises(ValueError, match="one suite at a time"):
+        aggregate(twice)
+
+
+# Text.
+
+
+def text_table(table: pd.DataFrame, width: int = 120) -> str:
+    file = io.StringIO()
+    print_table(table, Console(file=file, width=width, force_terminal=False), title="synthetic")
+    return file.getvalue()
+
+
+def test_every_format_shows_every_row_and_what_is_missing(table):
+    """A failed or missing seed, and too few seeds, are visible whatever the format."""
+    shown = {format: render(table, format, "synthetic") for format in ("md", "latex", "csv", "json")}
+    shown["table"] = text_table(table)
+    for format, text in shown.items():
+        for agent in ("scpo", "sgd", "ppo"):
+            assert agent in text, format
+        assert "never" in text, format
+        assert "preliminary" in text, format
+        assert "3/5" in text or format in ("csv", "json"), format
+    rows = list(csv.DictReader(io.StringIO(shown["csv"])))
+    failed = next(r for r in rows if r["task"] == IMITATION and r["agent"] == "sgd")
+    assert (failed["seeds_failed"], failed["seeds_missing"], failed["preliminary"]) == ("1", "1", "True")
+    content = json.loads(shown["json"])
+    assert any("seed 3: failed" in note for note in content["notes"])
+    assert any("seed 4: missing" in note for note in content["notes"])
+
+
+def test_terminal_table_fits_120_columns(table):
+    """No line is wider, and no row needs more than the two lines of its verdict."""
+    lines = text_table(table).splitlines()
+    assert max(map(len, lines)) <= 120
+    start = next(i for i, line in enumerate(lines) if " scpo " in line)
+    assert "throughout †" in lines[start + 1]
+    assert " ppo " in lines[start + 2]
+
+
+def test_csv_and_json_hold_every_column(table):
+    """What a reader of the table cannot see must be in the files."""
+    rows = list(csv.DictReader(io.StringIO(render(table, "csv"))))
+    assert list(rows[0]) == list(COLUMNS)
+    content = json.loads(render(table, "json"))
+    assert all(list(row) == list(COLUMNS) for row in content["rows"])
+    assert content["rows"][0]["objective_final"] is None
+    assert len(rows) == len(content["rows"]) == len(table)
+
+
+def test_rendering_is_repeatable(suite, table):
+    """The committed leaderboard is regenerated and compared, so the same records must give the same text."""
+    again = leaderboard(load(suite[0], "synthetic", suite[1], REFERENCES))
+    for format in ("md", "latex", "csv", "json"):
+        assert render(table, format) == render(again, format)
+    with pytest.raises(ValueError, match="xml"):
+        render(table, "xml")
+
+
+HOSTILE = "<script>alert(1)</script>|[red]&_$%#{}\\~^`*\x1b[31m\r\n=cmd()"
+
+
+def test_text_from_records_is_escaped(tmp_path):
+    """An agent's name can neither break a row, nor style a terminal, nor run in a spreadsheet or a browser."""
+    name = HOSTILE.replace("\x1b", "").replace("\r\n", "")
+    cell = synthetic_cell("=1+1", IMITATION, 0, 2)
+    write_record(tmp_path, "s", cell, synthetic_updates(cell, 2))
+    bad = synthetic_cell(name, IMITATION, 0, 2)
+    write_record(tmp_path, "s", bad, synthetic_updates(bad, 2)[:1], status="failed", error=HOSTILE)
+    table = leaderboard(load(tmp_path, "s", None, REFERENCES))
+    markdown = render(table, "md")
+    assert "<script" not in markdown
+    body = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert {line.replace("\\|", "").count("|") for line in body} == {13}
+    latex = render(table, "latex")
+    assert "\\$\\%\\#\\{\\}" in latex
+    assert "alert(1)\\textless" in latex
+    assert "'=1+1" in render(table, "csv")
+    shown = text_table(table)
+    assert "\x1b" not in shown
+    assert "[red]" in shown
+
+
+def test_control_characters_in_a_name_keep_a_record_out(tmp_path):
+    """Names become headings, commands and file names; one with an escape code is no name."""
+    cell = synthetic_cell("a\x1b[2J", IMITATION, 0, 2)
+    folder = write_record(tmp_path, "s", cell, synthetic_updates(cell, 2))
+    runs = load(tmp_path, "s", None, REFERENCES)
+    assert runs.empty
+    assert str(folder) in runs.attrs["problems"][0]
+
+
+def test_numbers_read_well():
+    """0 % means none and 100 % all; huge and tiny numbers stay short."""
+    assert [percent(x) for x in (0, 1e-9, 0.004, 0.5, 0.9999, 1, 1.25, -0.5, math.nan)] == [
+        "0", "<0.1", "0.4", "50", ">99.9", "100", "125", "-50", "–"
+    ]  # fmt: skip
+    assert [number(x) for x in (3.0, 0.12345, 1e-7, math.inf, math.nan, -2.5)] == ["3", "0.123", "1e-07", "never", "–", "-2.5"]
+    assert [count(x) for x in (0, 999, 1500, 2.5e6, 3e9, math.nan)] == ["0", "999", "1.5k", "2.5M", "3G", "–"]
+    assert printable("a\x00b" + "c" * 700).startswith("a\N{REPLACEMENT CHARACTER}bcc")
+    assert len(printable("c" * 700)) == 603
+
+
+def test_tables_need_neither_torch_nor_matplotlib():
+    """A leaderboard is read far from any training machine; importing torch would also cost seconds."""
+    code = (
+        "import sys; from scpo_bench.leaderboard import tables, render, plots, page, verify;"
+        "print([m for m in ('torch', 'stable_baselines3', 'matplotlib', 'mujoco') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+FUZZ_RECORDS = int(os.environ.get("SCPO_BENCH_FUZZ", "400"))
+"""Mutated records that are read and tabulated; the full check takes 10000."""
+
+
+def mutate(data: bytes, rng: np.random.Generator) -> bytes:
+    """One to three edits: bytes flipped, pieces cut, doubled or moved, and tokens that parsers stumble over."""
+    tokens = (
+        b"NaN",
+        b"Infinity",
+        b"-1",
+        b"1e999",
+        b"null",
+        b"true",
+        b"[]",
+        b"{}",
+        b'""',
+        b"9" * 400,
+        b"[" * 300,
+        b'"\\ud800"',
+        b"\x00",
+    )
+    for _ in range(rng.integers(1, 4)):
+        at, kind = int(rng.integers(0, len(data) + 1)), rng.integers(0, 5)
+        length = int(rng.integers(1, 40))
+        if kind == 0:
+            data = data[:at] + bytes(rng.integers(0, 256, 1, dtype=np.uint8)) + data[at + 1 :]
+        elif kind == 1:
+            data = data[:at] + data[at + length :]
+        elif kind == 2:
+            data = data[:at] + data[at : at + length] * 2 + data[at + length :]
+        elif kind == 3:
+            # Replace a whole value, so that the result still parses more often than not.
+            colon = data.find(b":", at)
+            end = min((i for i in (data.find(b",", colon), data.find(b"}", colon)) if i > 0), default=-1)
+            if 0 < colon < end:
+                data = data[: colon + 1] + tokens[rng.integers(len(tokens))] + data[end:]
+        else:
+            data = data[:at] + tokens[rng.integers(len(tokens))] + data[at:]
+    return data
+
+
+def test_mutated_records_never_end_in_a_traceback(tmp_path):
+    """Whatever stands in the files, the outcome is a table or a line that names the problem."""
+    from scpo_bench.leaderboard.verify import verify
+    from scpo_bench.records import RecordError
+
+    rng = np.random.default_rng(11)
+    cell = synthetic_cell("scpo", IMITATION, 0, 4)
+    folder = write_record(tmp_path, "s", cell, synthetic_updates(cell, 4), status="interrupted")
+    originals = {path: path.read_bytes() for path in sorted(folder.iterdir())}
+    consistent, refusals = 0, []
+    for i in range(FUZZ_RECORDS):
+        for path, data in originals.items():
+            path.write_bytes(mutate(data, rng) if rng.random() < 0.6 else data)
+        for record in read_records(tmp_path, "s"):
+            if record.updates:
+                measure(record.updates, record.run.cell.cost_limit)
+        if i % 10 == 0:  # building tables is slow, and all that they are made of is computed above
+            assert json.loads(render(leaderboard(load(tmp_path, "s", [cell], REFERENCES)), "json"))
+        try:
+            consistent += verify(tmp_path).ok
+        except RecordError as error:
+            refusals.append(str(error))
+    assert not [line for line in refusals if "\n" in line]
+    # Both outcomes must occur, or the mutations test nothing.
+    assert 0 < consistent < FUZZ_RECORDS
+
+
+def test_extreme_but_valid_numbers_do_not_overflow(tmp_path):
+    """Counters of 400 digits and costs of 1e300 parse; nothing may be computed from them."""
+    cell = synthetic_cell("sgd", IMITATION, 0, 3)
+    updates = synthetic_updates(cell, 3)
+    huge = [updates[0], Update(**{**updates[1].model_dump(), "interaction_steps": 10**400}), *updates[2:]]
+    write_record(tmp_path / "a", "s", cell, huge, status="interrupted")
+    large = synthetic_cell("sgd", IMITATION, 1, 3)
+    costly = [updates[0], Update(**{**updates[1].model_dump(), "cost_sum": 1e300})]
+    write_record(tmp_path / "b", "s", large, costly, status="interrupted")
+    far = Cell(**{**cell.model_dump(), "steps": 10**400, "seed": 2})
+    write_record(tmp_path / "c", "s", far, updates, status="interrupted")
+    runs = load(tmp_path, "s", None, REFERENCES)
+    assert runs["status"].tolist() == ["damaged", "damaged"]
+    assert "10000" not in "".join(runs.attrs["problems"])
+    assert "steps" in runs.attrs["problems"][0]
+    leaderboard(runs)
+
+
+def test_no_link_is_followed(tmp_path):
+    """A link to a folder of records elsewhere is not part of these results."""
+    write_suite(tmp_path / "elsewhere", "s", (IMITATION,), ("sgd",), seeds=1, updates=2)
+    (tmp_path / "results" / "s").mkdir(parents=True)
+    (tmp_path / "results" / "s" / "link").symlink_to(tmp_path / "elsewhere" / "s", target_is_directory=True)
+    assert load(tmp_path / "results", "s").empty
+    assert Path(tmp_path / "elsewhere").is_dir()
