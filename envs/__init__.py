@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import gymnasium as gym
-
 
 def register_custom_tasks() -> None:
     """Register the project's own environments; entry points are strings, so nothing heavy is imported here."""
+    import gymnasium as gym
+
     for name, module, stem in (
         ("scpo_bench/DoubleIntegratorImitation-v0", "double_integrator", "DoubleIntegratorImitation"),
         ("scpo_bench/DoubleIntegratorRegulation-v0", "double_integrator", "DoubleIntegratorRegulation"),

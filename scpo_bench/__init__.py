@@ -4,10 +4,21 @@ Importing the package registers its tasks in Gymnasium; ``gym.make("scpo_bench:s
 both in one line.
 """
 
-from scpo_bench.envs import register_custom_tasks
-from scpo_bench.envs.safety_gymnasium import register_safety_gymnasium
+import os.path
+import sys
 
 __version__ = "0.1.0"
 
-register_custom_tasks()
-register_safety_gymnasium()
+
+def register_tasks() -> None:
+    """Register every task of this package in Gymnasium. Done by importing the package; calling it again changes nothing."""
+    from scpo_bench.envs import register_custom_tasks
+    from scpo_bench.envs.safety_gymnasium import register_safety_gymnasium
+
+    register_custom_tasks()
+    register_safety_gymnasium()
+
+
+# The command line's --help must not wait for Gymnasium: there the commands that need the tasks register them.
+if os.path.basename(sys.argv[0] if sys.argv else "") != "scpo-bench":
+    register_tasks()

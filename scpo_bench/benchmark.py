@@ -124,9 +124,6 @@ def _explain(error: ValidationError) -> str:
 def _check_names(file: str, suite_name: str, suite: Suite) -> None:
     where = f"{file}: suites.{suite_name}"
     used = {agent for entry in suite.tasks for agent in entry.agents}
-    for agent in suite.config:
-        if agent not in used:
-            raise BenchmarkError(f"{where}.config: '{agent}' runs in no task of the suite{nearest(agent, sorted(used))}")
     for i, entry in enumerate(suite.tasks):
         for j, agent in enumerate(entry.agents):
             _named(f"{where}.tasks[{i}].agents[{j}]", agent_spec, agent)
@@ -138,6 +135,9 @@ def _check_names(file: str, suite_name: str, suite: Suite) -> None:
         spec = _named(f"{where}.tasks[{i}].id", task_spec, entry.id)
         if spec is None and entry.cost_limit is None:
             raise BenchmarkError(f"{where}.tasks[{i}].cost_limit: needed, since {entry.id} is no task of this package")
+    for agent in suite.config:
+        if agent not in used:
+            raise BenchmarkError(f"{where}.config: '{agent}' runs in no task of the suite{nearest(agent, sorted(used))}")
 
 
 def _named(where: str, look_up: Any, name: str) -> Any:

@@ -21,11 +21,14 @@ import torch
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
+from scpo_bench import register_tasks
 from scpo_bench.policies import AffineBackup, BackupActorCriticPolicy
 from scpo_bench.recorder import Evaluator, RecordingVecEnv, UpdateRecorder
 from scpo_bench.records import Cell, Run, UpdateLog, digest, write_run
 from scpo_bench.registry import load_agent
 from scpo_bench.vec_env import NativeVecEnv
+
+register_tasks()  # in a process started by the command line, importing the package has not done it
 
 PACKAGES = ("scpo-bench", "torch", "numpy", "gymnasium", "stable-baselines3", "mujoco", "safety-gymnasium", "scipy")
 

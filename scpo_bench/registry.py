@@ -15,6 +15,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+from scpo_bench import register_tasks
+
 CUSTOM_PREFIX = "scpo_bench/"
 
 
@@ -138,6 +140,7 @@ def task_spec(task_id: str) -> TaskSpec | None:
         return known[task_id]
     import gymnasium as gym
 
+    register_tasks()
     if task_id.split(":")[-1] in gym.registry or ":" in task_id:
         return None
     # Ids are long and share their beginnings: compare what tells them apart, too.

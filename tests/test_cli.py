@@ -1,0 +1,118 @@
+"""The command line as its user meets it: quick help, one-line errors, status 2."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "scpo_bench.cli"]
+RUN_SMALL = ["compare", "ppo", "--task", "scpo_bench/HarmfulRegression-v0", "--seeds", "1"]
+
+
+def scpo_bench(*arguments, cwd=None, expect=0):
+    result = subprocess.run([*COMMAND, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == expect, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    return result
+
+
+def test_help_is_quick_and_names_every_command():
+    """Under half a second of processor time: nothing heavy may be imported on the way."""
+    before = os.times()
+    text = scpo_bench("--help").stdout
+    after = os.times()
+    for command in ("list", "run", "compare", "leaderboard", "plot", "doctor"):
+        assert command in text
+    used = after.children_user + after.children_system - before.children_user - before.children_system
+    assert used < 0.8  # generous: shared machines; tests/performance/ measures it
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import sys, scpo_bench.cli; print([m for m in ('torch', 'pandas', 'mujoco') if m in sys.modules])"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert loaded.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "quikc"], "unknown suite 'quikc'; did you mean 'quick'?"),
+        (["run", "quick", "--agents", "spco"], "unknown agent 'spco'; did you mean 'scpo'?"),
+        (["run", "quick", "--tasks", "SafetyPointGoal2-v0"], "the suite has no task"),
+        (["run", "quick", "--agents", "no_such_module:Agent"], "cannot import 'no_such_module'"),
+        (["run", "quick", "--agents", "no_such_file.py:Agent"], "no file no_such_file.py"),
+        (["run", "quick", "--agents", "stable_baselines3:PPPO"], "no class 'PPPO' in stable_baselines3; did you mean 'PPO'?"),
+        (["run", "quick", "--file", "no.yaml"], "no.yaml: cannot be read"),
+        (["run", "quick", "--results", "/dev/null/x"], "--results: cannot write"),
+        (["compare", "scpo", "--task", "scpo_bench/HarmfulRegresion-v0"], "did you mean 'scpo_bench/HarmfulRegression-v0'?"),
+        (["leaderboard", "quick", "--results", "nowhere"], "no records of suite 'quick'"),
+        (["plot", "quick", "--results", "nowhere"], "no records of suite 'quick'"),
+        (["run"], "Missing argument"),
+        (["run", "quick", "--jobs", "0"], "--jobs"),
+    ],
+)
+def test_bad_input_gets_one_clear_line_and_status_2(arguments, message, tmp_path):
+    """Wrong names, files and values: what was wrong, what would be right, no traceback."""
+    result = scpo_bench(*arguments, cwd=tmp_path, expect=2)
+    assert message in " ".join(result.stderr.split())
+
+
+def test_compare_runs_and_prints_a_table(tmp_path):
+    """The whole way, from the command to the table; the second call runs nothing."""
+    small = [*RUN_SMALL, "--steps", "640", "--results", tmp_path]
+    first = scpo_bench(*small, cwd=tmp_path)
+    assert "1 run, 0 already there, 0 failed" in first.stdout
+    assert "ppo" in first.stdout
+    assert "0 run, 1 already there" in scpo_bench(*small, cwd=tmp_path).stdout
+    for name in ("md", "csv", "json"):
+        assert "ppo" in scpo_bench("leaderboard", "--results", tmp_path, "--format", name).stdout
+    figures = scpo_bench("plot", "compare-scpo_bench.HarmfulRegression-v0", "--results", tmp_path).stdout.split()
+    assert figures
+    assert all(Path(figure).stat().st_size > 5000 for figure in figures)
+
+
+def test_third_party_agent_from_a_file(tmp_path):
+    """An agent of one's own, without editing the package."""
+    (tmp_path / "mine.py").write_text("from stable_baselines3 import A2C\n\n\nclass Mine(A2C):\n    pass\n")
+    arguments = ["compare", "mine.py:Mine", "--task", "scpo_bench/HarmfulRegression-v0", "--seeds", "1", "--steps", "640"]
+    assert "1 run" in scpo_bench(*arguments, "--results", tmp_path / "r", cwd=tmp_path).stdout
+
+
+def test_unsafe_start_is_status_2(tmp_path):
+    """SCPO from an unsafe start policy: one line with the constraint and its value."""
+    (tmp_path / "benchmarks.yaml").write_text(
+        "version: 1\nsuites:\n  s:\n    description: d\n    seeds: 2\n    start: random\n    tasks:\n"
+        "      - {id: scpo_bench/DoubleIntegratorImitation-v0, agents: [scpo], steps: 60, num_envs: 2}\n"
+    )
+    result = scpo_bench("run", "s", cwd=tmp_path, expect=2)
+    assert result.stdout.count("the start policy is unsafe: constraint") == 1
+    assert "> 0" in result.stdout
+
+
+def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(tmp_path):
+    """Interrupt a run in the middle: status 130, a readable record, and the next call finishes the work."""
+    arguments = [*COMMAND, *RUN_SMALL, "--steps", "64000", "--results", str(tmp_path), "--jobs", "1"]
+    process = subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not any(p.stat().st_size for p in tmp_path.rglob("updates.jsonl")):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, out + err
+    assert "Traceback" not in err
+    assert "interrupted; finished runs are kept" in out
+    run_file = next(tmp_path.rglob("run.json"))
+    assert '"status": "interrupted"' in run_file.read_text()
+
+
+def test_list_and_doctor():
+    """What can be run, and whether this machine can."""
+    assert "scpo_bench/DoubleIntegratorImitation-v0" in scpo_bench("list", "tasks").stdout
+    assert "ppo-lagrangian" in scpo_bench("list", "agents").stdout
+    assert "paper" in scpo_bench("list", "suites").stdout
+    assert "torch" in scpo_bench("doctor").stdout
