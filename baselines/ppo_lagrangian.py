@@ -27,6 +27,10 @@ class PPOLagrangianConfig(OnPolicyConfig):
     """Whether ``actor_lr`` falls linearly to 0 over the run."""
     clip_range: float = 0.2
     """The ratio new/old likelihood is clipped to 1 +- this, > 0."""
+    standardise_rewards: bool = True
+    """Whether reward advantages are divided by their standard deviation (cost advantages never are). The reference does;
+    the multiplier that balances the two then grows as the policy's noise, and with it that deviation, shrinks. False:
+    both keep their units, and the multiplier settles at the price of cost, d return / d cost."""
     multiplier_init: float = 0.001
     """Multiplier of every constraint at the start, >= 0."""
     multiplier_lr: float = 0.035
@@ -68,9 +72,10 @@ class PPOLagrangian(ConstrainedOnPolicy):
         excess = episodic_costs - config.limits()
         self.multipliers = projected_adam_ascent(self.multipliers, excess, config.multiplier_lr)
 
-        standardised = (batch.advantages[0] - batch.advantages[0].mean()) / (batch.advantages[0].std() + 1e-8)
-        centred_costs = batch.advantages[1:] - batch.advantages[1:].mean(axis=1, keepdims=True)
-        advantages = lagrangian_advantages(standardised, centred_costs, self.multipliers.value).astype(np.float32)
+        centred = batch.advantages - batch.advantages.mean(axis=1, keepdims=True)
+        if config.standardise_rewards:
+            centred[0] /= centred[0].std() + 1e-8
+        advantages = lagrangian_advantages(centred[0], centred[1:], self.multipliers.value).astype(np.float32)
 
         old_head, old_extra = actor.head(batch.observations, batch.offset), actor.dist_extra()
         old_log_prob = actor.log_prob(old_head, batch.actions)
