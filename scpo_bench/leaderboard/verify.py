@@ -65,7 +65,7 @@ MAX_EXPANDED_BYTES = 200_000_000
 MAX_MANIFEST_BYTES = 50_000_000
 MAX_ARCHIVE_BYTES = 500_000_000
 MAX_ARCHIVE_EXPANDED_BYTES = 2_000_000_000
-_CHUNK = 1 << 20
+_CHUNK = MAX_LINE_BYTES  # so that a line within one piece cannot be too long
 _AGGREGATE_TOLERANCE = 1e-6
 
 
@@ -356,10 +356,12 @@ def _scan_updates(path: Path) -> tuple[str, bool]:
                 total += len(chunk)
                 if total > MAX_EXPANDED_BYTES:
                     raise Refused(f"{path}: more than {MAX_EXPANDED_BYTES} bytes of updates; no record holds so much")
-                for i, piece in enumerate(chunk.split(b"\n")):
-                    line = len(piece) + (0 if i else line)
-                    if line > MAX_LINE_BYTES:
-                        raise Refused(f"{path}: a line of more than {MAX_LINE_BYTES} bytes; no record holds such")
+                first = chunk.find(b"\n")
+                line += len(chunk) if first < 0 else first
+                if line > MAX_LINE_BYTES:
+                    raise Refused(f"{path}: a line of more than {MAX_LINE_BYTES} bytes; no record holds such")
+                if first >= 0:
+                    line = len(chunk) - chunk.rfind(b"\n") - 1
                 digest.update(chunk)
                 last = chunk[-1:]
     except (OSError, EOFError, zlib.error) as error:
