@@ -33,8 +33,9 @@ select, button { font: inherit; color: inherit; background: var(--tint); border:
   padding: .2rem .5rem; max-width: 100%; }
 button { cursor: pointer; }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 1px; }
+form > label { display: flex; gap: .4rem; align-items: center; max-width: 100%; min-width: 0; } select { min-width: 0; }
 output { color: var(--soft); }
-.phone { display: none; }
+form > label.phone { display: none; }
 .scroll { overflow-x: auto; border: 1px solid var(--line); border-radius: .4rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .55rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line);
@@ -64,7 +65,7 @@ svg .mark { stroke: var(--soft); } svg .cursor { stroke: var(--ink); }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; margin: .2rem 0 .6rem; padding: 0; list-style: none; }
 .legend svg { display: inline-block; width: 34px; height: 10px; margin-right: .35rem; vertical-align: middle; }
 @media (max-width: 46rem) {
-  .phone { display: inline-block; }
+  form > label.phone { display: flex; }
   thead { display: none; }
   table, tbody, tr, td { display: block; width: 100%; }
   .scroll { border: 0; overflow-x: visible; } fieldset label { white-space: normal; }
