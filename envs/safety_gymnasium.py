@@ -339,15 +339,17 @@ class SafetyVelocityEnv(gymnasium.Env):
 
     def __getstate__(self) -> dict[str, Any]:
         """The whole state: an unpickled copy continues as this environment would.  Renderers are left behind."""
+        from scpo_bench.envs.safety_gymnasium_world import dump_robot
+
         state = self.__dict__.copy()
-        # Whole MjData: rewards use body positions from before the last integration step, which no forward pass restores
-        state["_inner"] = self._inner.data
+        state["_inner"] = dump_robot(self._inner)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Rebuild the robot and put the state back."""
-        data = state.pop("_inner")
+        from scpo_bench.envs.safety_gymnasium_world import load_robot
+
+        robot = state.pop("_inner")
         self.__dict__.update(state)
         self._inner = self._build()
-        self._inner.data = data
-        self._inner.mujoco_renderer.data = data
+        load_robot(self._inner, robot)

@@ -52,6 +52,8 @@ SAMPLE = [
     "SafetyPointPush1Debug-v0",
     "SafetyHopperVelocity-v1",
     "SafetyHumanoidVelocity-v0",
+    "SafetyAntVelocity-v1",
+    "SafetySwimmerVelocity-v0",
 ]
 
 
