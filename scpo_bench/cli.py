@@ -36,6 +36,7 @@ class TableFormat(enum.StrEnum):
     latex = "latex"
     csv = "csv"
     json = "json"
+    html = "html"
 
 
 def _console() -> Any:
@@ -164,6 +165,13 @@ def leaderboard(
 
     suites = _benchmarks(file).suites
     names = [suite] if suite else sorted(p.name for p in results.iterdir() if p.is_dir()) if results.is_dir() else []
+    if format is TableFormat.html and suite and (results / suite).is_dir():
+        from scpo_bench.leaderboard.page import render_page
+
+        typer.echo(render_page(results, suite, cells(suites[suite]) if suite in suites else None))
+        return
+    if format is TableFormat.html:
+        raise BenchmarkError("--format html: needs the name of one suite that has records")
     shown = 0
     for name in names:
         planned = cells(suites[name]) if name in suites else None
@@ -201,6 +209,49 @@ def plot(
         raise BenchmarkError(f"no records of suite '{suite}' in '{results}'")
     for path in plots.plot_suite(results, suite, output or results / suite / "plots", formats):
         typer.echo(path)
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A results folder, a run folder or a bundle (.tar.gz).")],
+    rerun: Annotated[bool, typer.Option("--rerun", help="Run the cells again and compare; runs the agents' code.")] = False,
+    sample: Annotated[int | None, typer.Option(min=1, help="With --rerun: only this many runs, drawn at random.")] = None,
+) -> None:
+    """Check records: schema, digests, every aggregate recomputed; with --rerun, whether they can be reproduced."""
+    from scpo_bench.leaderboard import verify as verification
+
+    report = verification.verify(folder)
+    typer.echo(str(report))
+    if not report.ok:
+        raise typer.Exit(1)
+    if rerun:
+        from scpo_bench.launch.rerun import reproduce
+
+        differing = 0
+        for run_folder, differences in reproduce(folder, sample):
+            differing += bool(differences)
+            typer.echo(f"{run_folder}: " + ("; ".join(differences[:3]) if differences else "reproduced exactly"))
+        typer.echo("tier: " + ("reproduced-exact" if not differing else f"consistent ({differing} runs differ)"))
+        if differing:
+            raise typer.Exit(1)
+
+
+@app.command()
+def bundle(
+    suite: Annotated[str, typer.Argument(help="Suite whose records to pack.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A .tar.gz or a new folder [default: SUITE.tar.gz].")
+    ] = None,
+    results: ResultsOption = Path("results"),
+    file: FileOption = None,
+) -> None:
+    """Pack a suite's records for submission: records, configuration, provenance; no code, no pickles."""
+    from scpo_bench.benchmark import cells
+    from scpo_bench.leaderboard import verify as verification
+
+    suites = _benchmarks(file).suites
+    planned = cells(suites[suite]) if suite in suites else []
+    typer.echo(verification.bundle(results, suite, output or Path(f"{suite}.tar.gz"), planned))
 
 
 @app.command()

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from scpo_bench.envs.batched import BatchedTask, Components
 from scpo_bench.policies import AffineBackup
+from scpo_bench.references import REFERENCES_FILE
 
-REFERENCES_FILE = Path(__file__).with_name("references.json")
 TASKS = (
     "scpo_bench/DoubleIntegratorImitation-v0",
     "scpo_bench/DoubleIntegratorRegulation-v0",
@@ -82,8 +82,8 @@ def oracle_value(task: BatchedTask, steps: int, seed: int) -> tuple[float, float
     for step in range(steps):
         loss, _ = _rollout(task, controller, fitted)
         _, values = _rollout(task, controller, design)
-        if values.max() <= -1e-3 and float(loss) < best:
-            best, best_state = float(loss), {k: v.clone() for k, v in controller.state_dict().items()}
+        if values.max() <= -1e-3 and loss.item() < best:
+            best, best_state = loss.item(), {k: v.clone() for k, v in controller.state_dict().items()}
         g = torch.logsumexp(sharpness * values, dim=-1) / sharpness + 1e-2
         augmented = ((multipliers + penalty * g).clip(min=0) ** 2 - multipliers**2).sum() / (2 * penalty)
         optimizer.zero_grad()
@@ -119,12 +119,6 @@ def mpc_value(task: Any) -> tuple[float, float]:
         )
         state = following
     return float(np.mean(losses)), worst
-
-
-def load_references() -> dict[str, dict[str, Any]]:
-    """task id -> {"backup", "oracle", ...: objective loss}, as committed."""
-    references: dict[str, dict[str, Any]] = json.loads(REFERENCES_FILE.read_text())["tasks"]
-    return references
 
 
 def main() -> None:

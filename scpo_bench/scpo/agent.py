@@ -50,10 +50,11 @@ class SCPOConfig(GradientDescentConfig):
     """How far below zero the certificate is asked to stay."""
     retries: int = 8
     """verified mode: projections per update before the update is given up and the policy stays."""
-    sharpness: float = 50.0
+    sharpness: float = 100.0
     """Sharpness of the log-sum-exp maximum over states and steps, per unit of relative constraint value."""
-    evaluation_starts: int = 128
-    """Start states of a constraint evaluation."""
+    evaluation_starts: int = 512
+    """Start states of a constraint evaluation. Too few leave gaps in which a policy that passes them all is unsafe: with 128 on the
+    imitation task, 2 of 11 runs deployed policies that violated from starts between the evaluated ones."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -46,6 +46,16 @@ def _backup_of(policy: BackupActorCriticPolicy) -> Any:
     return copy.deepcopy(backup).double()
 
 
+class _FastTanh(nn.Module):
+    """tanh x = 2 sigmoid(2 x) - 1: in float64, torch's sigmoid takes a quarter of the time of its tanh, and features are most of it.
+
+    In place, hence for fixed features only (no gradient passes through).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid_(x * 2).mul_(2).sub_(1)
+
+
 class LastLayer:
     """The last layer alone, whitened: the policy is linear in w and |w| is the root mean square change of its action.
 
@@ -58,7 +68,8 @@ class LastLayer:
         self._head: Any = head.linear
         # The features are fixed from here on: a copy in float64 serves every evaluation.
         extractor: Any = policy.mlp_extractor.extractor
-        self._features: Any = copy.deepcopy(extractor.policy_net).double().requires_grad_(False)
+        layers = copy.deepcopy(extractor.policy_net).double().requires_grad_(False)
+        self._features: Any = nn.Sequential(*(_FastTanh() if isinstance(part, nn.Tanh) else part for part in layers))
         self._backup: Any = _backup_of(policy)
         self._action_dim = int(self._head.out_features)
         with torch.no_grad():
