@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from datetime import datetime
+from typing import Any
 
 from scpo_bench.records import Run, Update, digest
 
@@ -18,13 +19,21 @@ _EPISODE_FIELDS = ("return_mean", "cost_mean", "cost_max")
 _EVALUATION_FIELDS = ("iterate_return", "iterate_cost", "iterate_violates")
 
 
+def _any_large(update: Update) -> bool:
+    values = (*vars(update).values(), *update.diagnostics.values())
+    return any(type(value) in (int, float) and abs(value) > MAX_COUNT for value in values)
+
+
 def check_bounds(run: Run, updates: Sequence[Update]) -> str | None:
     """Why nothing should be computed from this record, or None. To be asked before anything else is."""
     for name in ("suite", "key", "cell.agent", "cell.task"):
         text = getattr(run.cell, name.removeprefix("cell.")) if name.startswith("cell.") else getattr(run, name)
         if len(text) > MAX_NAME or not text.isprintable():
             return f"{name}: expected at most {MAX_NAME} printable characters, found {text[:40]!r}..."
-    for place, model in [("cell", run.cell), ("run", run), *((f"update {u.update}", u) for u in updates)]:
+    models: list[tuple[str, Any]] = [("cell", run.cell), ("run", run)]
+    # Nearly always nothing is large; which field it is matters only when something is.
+    models += [(f"update {u.update}", u) for u in updates if _any_large(u)]
+    for place, model in models:
         for name, value in [*vars(model).items(), *getattr(model, "diagnostics", {}).items()]:
             if isinstance(value, int) and value > MAX_COUNT:
                 return f"{place}: {name}: expected at most {MAX_COUNT}, found more"

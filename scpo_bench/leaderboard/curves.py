@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -70,9 +69,9 @@ def band(curves: Sequence[Floats]) -> tuple[Floats, Floats, Floats, Floats]:
     """
     stacked = stack(curves)
     measured = np.flatnonzero(~np.isnan(stacked).all(axis=0))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        low, middle, high = np.nanquantile(stacked[:, measured], [0.25, 0.5, 0.75], axis=0)
+    if not measured.size:
+        return (np.zeros(0),) * 4
+    low, middle, high = np.nanquantile(stacked[:, measured], [0.25, 0.5, 0.75], axis=0)
     return measured.astype(float), low, middle, high
 
 

@@ -21,7 +21,7 @@ import pandas as pd
 from scpo_bench.leaderboard.curves import RunCurves, band, robust_range, share
 from scpo_bench.leaderboard.page_assets import BODY, SCRIPT, STYLE
 from scpo_bench.leaderboard.render import headline, notes, plain_aggregates, plain_rows, printable, tasks
-from scpo_bench.leaderboard.tables import COLUMNS, VERDICTS, leaderboard, load, read_records, reference_of, setup_of
+from scpo_bench.leaderboard.tables import COLUMNS, VERDICTS, Record, leaderboard, load, reference_of, setup_of
 from scpo_bench.records import Cell
 from scpo_bench.references import load_references
 
@@ -48,7 +48,14 @@ def render_page(
     Arguments as for :func:`scpo_bench.leaderboard.tables.load`. The same records give the same text.
     """
     references = load_references() if references is None else references
-    runs = load(results, suite, planned, references)
+    curves: dict[tuple[str, str], list[RunCurves]] = {}
+
+    def keep(record: Record) -> None:
+        if record.updates and record.problem is None:
+            run = RunCurves.of(record.run.cell, record.run.status, record.updates)
+            curves.setdefault((record.run.suite, record.run.cell.task), []).append(run)
+
+    runs = load(results, suite, planned, references, keep)
     table = leaderboard(runs)
     content = {
         "title": title or suite or "leaderboard",
@@ -56,7 +63,7 @@ def render_page(
         "verdicts": list(VERDICTS),
         "agents": sorted({str(a) for a in table["agent"]}, key=lambda name: (name != "scpo", name)),
         "rows": [{**row, **cells} for row, cells in zip(plain_rows(table), _row_details(table, runs))],
-        "figures": _figures(results, suite, table, references),
+        "figures": _figures(curves, table, references),
         "aggregates": plain_aggregates(table),
         "notes": notes(table),
     }
@@ -153,17 +160,12 @@ def _flat(provenance: dict[str, Any]) -> list[list[str]]:
 
 
 def _figures(
-    results: Path, suite: str | None, table: pd.DataFrame, references: dict[str, dict[str, Any]]
+    curves: dict[tuple[str, str], list[RunCurves]], table: pd.DataFrame, references: dict[str, dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Per suite and task the panels to draw."""
-    found: dict[tuple[str, str], list[RunCurves]] = {}
-    for record in read_records(results, suite):
-        if record.updates and record.problem is None:
-            curves = RunCurves.of(record.run.cell, record.run.status, record.updates)
-            found.setdefault((record.run.suite, record.run.cell.task), []).append(curves)
+    """Per suite and task the panels to draw. curves: (suite, task) -> its runs."""
     figures = []
     for name, task, rows in tasks(table):
-        runs = found.get((name, task), [])
+        runs = curves.get((name, task), [])
         groups = {row["agent"]: [run for run in runs if _belongs(run, row["agent"], rows)] for row in rows}
         groups = {agent: own for agent, own in groups.items() if own}
         panels = _panels(groups, references) if groups else []

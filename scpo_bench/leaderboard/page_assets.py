@@ -54,8 +54,8 @@ code { display: inline-block; background: var(--paper); border: 1px solid var(--
   font-size: .9em; user-select: all; }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: .4rem 1.2rem; margin: .4rem 0; }
 dl div { border-bottom: 1px dotted var(--line); display: flex; justify-content: space-between; gap: .6rem; }
-dt { color: var(--soft); } dd { margin: 0; text-align: right; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 18.5rem), 1fr)); gap: 1rem; }
+dt { color: var(--soft); } dd { margin: 0; text-align: right; overflow-wrap: anywhere; min-width: 0; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 18.5rem), 1fr)); gap: 1rem; }
 figure { margin: 0; } figcaption { font-weight: 600; font-size: .92rem; margin-bottom: .2rem; }
 svg { display: block; width: 100%; height: auto; touch-action: pan-y; }
 svg text { fill: var(--soft); font-size: 11px; }

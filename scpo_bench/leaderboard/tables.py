@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -216,13 +216,15 @@ def load(
     suite: str | None = None,
     planned: Sequence[Cell] | None = None,
     references: dict[str, dict[str, Any]] | None = None,
+    on_record: Callable[[Record], None] | None = None,
 ) -> pd.DataFrame:
     """One row per run: identity, status, and the metrics of :class:`~scpo_bench.leaderboard.metrics.RunMetrics`.
 
-    ``planned`` cells without a record become rows with status "missing"; records that contradict themselves get
-    status "damaged". In rows that are not "finished" the outcome (final objective and return) is the floor and what
-    is measured during training is what there is. ``attrs["problems"]`` lists what was left out and why. Nothing is
-    executed and no folder outside is read.
+    ``planned`` cells without a record become rows with status "missing"; records that contradict themselves get status
+    "damaged". In rows that are not "finished" the outcome (final objective and return) is the floor and what is
+    measured during training is what there is. ``attrs["problems"]`` lists what was left out and why. ``on_record`` is
+    called with each record as it is read, for those who need its updates too. Nothing is executed and no folder outside
+    is read.
     """
     references = load_references() if references is None else references
     problems: list[str] = []
@@ -230,6 +232,8 @@ def load(
     by_key = {cell.key(): cell for cell in planned or ()}
     for record in read_records(results, suite, problems):
         run = record.run
+        if on_record is not None:
+            on_record(record)
         keys.add((run.suite, run.key))
         reference = reference_of(run.cell, references)
         metrics = asdict(measure(record.updates, run.cell.cost_limit, reference)) if record.updates else {}
