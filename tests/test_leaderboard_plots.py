@@ -54,7 +54,6 @@ def test_figures_of_a_suite(tmp_path, monkeypatch):
     formats = ("png", "svg", "pdf")
     paths = plot_suite(tmp_path, "s", tmp_path / "a", formats)
     stems = [
-        "SafetyPointGoal1-v0",
         "scpo_bench-DoubleIntegratorImitation-v0",
         "scpo_bench-DoubleIntegratorImitation-v0-certificate-scpo",
     ]

@@ -118,7 +118,7 @@ const CLASSES = ["good", "middle", "middle", "bad", "bad"];
 /* Columns of the table: heading, what it sorts by, and what a cell shows. */
 const COLUMNS = [
   { label: "Task", left: true, key: r => r.task, cell: r => breakable(r.task) },
-  { label: "Rank", key: r => r.rank, cell: r => r.rank + (r.tied ? "=" : "") },
+  { label: "Rank", key: r => r.rank, cell: r => r.verdict === "no result" ? UNKNOWN : r.rank + (r.tied ? "=" : "") },
   { label: "Agent", left: true, key: r => r.agent, cell: r => agentCell(r.agent) },
   { label: "Verdict", left: true, key: r => order.get(r.verdict), cell: verdictCell },
   { label: "Seeds", key: r => r.seeds_finished, cell: r => `${r.seeds_finished}/${r.seeds_planned}` },
@@ -150,6 +150,7 @@ function verdictCell(r) {
   return out;
 }
 function scoreCell(r) {
+  if (r.verdict === "no result") return UNKNOWN;
   const kind = { "gap closed": "of gap closed", objective: "objective", return: "return" }[r.score_kind] || "";
   const sign = r.score_kind === "objective" ? -1 : 1;
   const show = r.score_kind === "gap closed" ? percent : number;

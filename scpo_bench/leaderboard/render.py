@@ -84,27 +84,35 @@ def _interval(text: str, low: float, high: float, show: Callable[[float], str]) 
 
 
 def _rank(row: Row) -> str:
-    return f"{row['rank']}{'=' if row['tied'] else ''}"
+    return _UNKNOWN if row["verdict"] == NO_RESULT else f"{row['rank']}{'=' if row['tied'] else ''}"
 
 
 def _seeds(row: Row) -> str:
     return f"{row['seeds_finished']}/{row['seeds_planned']}"
 
 
+def _from_to(row: Row, name: str) -> str:
+    # Where nothing finished there is only the floor, which is no result of this agent's.
+    final = math.nan if row["verdict"] == NO_RESULT else row[f"{name}_final"]
+    return f"{number(row[f'{name}_start'])} → {number(final)}"
+
+
 def _objective(row: Row) -> str:
-    return f"{number(row['objective_start'])} → {number(row['objective_final'])}"
+    return _from_to(row, "objective")
 
 
 def _gap(row: Row) -> str:
-    shown = percent(row["gap_closed"])
+    shown = percent(math.nan if row["verdict"] == NO_RESULT else row["gap_closed"])
     return _interval(shown, row["gap_closed_low"], row["gap_closed_high"], percent) if shown != _UNKNOWN else shown
 
 
 def _short_return(row: Row) -> str:
-    return f"{number(row['return_start'])} → {number(row['return_final'])}"
+    return _from_to(row, "return")
 
 
 def _return(row: Row) -> str:
+    if row["verdict"] == NO_RESULT:
+        return _short_return(row)
     return _interval(_short_return(row), row["return_final_low"], row["return_final_high"], number)
 
 

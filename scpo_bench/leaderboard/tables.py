@@ -477,17 +477,37 @@ def leaderboard(runs: pd.DataFrame) -> pd.DataFrame:
         rows += _rank(summaries)
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     table.attrs["problems"] = list(runs.attrs.get("problems", []))
-    unfinished = runs[runs["status"] != "finished"]
-    table.attrs["unfinished"] = [
-        f"{agent} on {task}, seed {seed}: {status}" + (f" ({error})" if isinstance(error, str) and error else "")
-        for agent, task, seed, status, error in zip(*(unfinished[c] for c in ("agent", "task", "seed", "status", "error")))
-    ]
+    table.attrs["unfinished"] = _unfinished(runs)
     table.attrs["aggregates"] = {
         str(suite): aggregate(group)
         for suite, group in runs.groupby("suite", sort=True)
         if group.loc[group["score_kind"] == "gap closed", "task"].nunique() > 1
     }
     return table
+
+
+def _unfinished(runs: pd.DataFrame) -> list[str]:
+    """What did not finish and why, one line for all seeds to which the same happened."""
+    unfinished = runs[runs["status"] != "finished"]
+    seeds: dict[tuple[str, str, str, str], list[int]] = {}
+    for agent, task, seed, status, error in zip(*(unfinished[c] for c in ("agent", "task", "seed", "status", "error"))):
+        reason = error if isinstance(error, str) else ""
+        seeds.setdefault((agent, task, status, reason), []).append(int(seed))
+    return [
+        f"{agent} on {task}, seed{'s' * (len(own) > 1)} {seed_ranges(own)}: {status}" + (f" ({reason})" if reason else "")
+        for (agent, task, status, reason), own in seeds.items()
+    ]
+
+
+def seed_ranges(seeds: Sequence[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2, 5"."""
+    parts: list[list[int]] = []
+    for seed in sorted(seeds):
+        if parts and seed == parts[-1][-1] + 1:
+            parts[-1].append(seed)
+        else:
+            parts.append([seed])
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
 @dataclass(frozen=True)
