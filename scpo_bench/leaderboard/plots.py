@@ -245,9 +245,9 @@ def certificate_figure(task: str, agent: str, runs: list[RunCurves]) -> Figure:
     """
     constraints = next(run.constraints() for run in runs if run.constraints())
     runs = [run for run in runs if run.constraints() == constraints]
-    columns = min(3, len(constraints) + 1)
+    columns = 2 if len(constraints) == 3 else min(3, len(constraints) + 1)
     rows = math.ceil((len(constraints) + 1) / columns)
-    figure, panels = _figure(rows, columns, 3.5 * columns, 2.8 * rows + 0.4)
+    figure, panels = _figure(rows, columns, (3.5 if columns > 2 else 4.5) * columns, 2.8 * rows + 0.4)
     flat = list(panels.ravel())
     for axes, name in zip(flat, constraints):
         _certificate_panel(axes, name, runs)
@@ -279,12 +279,13 @@ def _certificate_panel(axes: Axes, name: str, runs: list[RunCurves]) -> None:
     if breaches:
         seed, update = np.nonzero(above)
         axes.plot(
-            update, stack(realised)[seed, update], linestyle="", marker="x", color="#b00020", markersize=5,
+            update, stack(realised)[seed, update], linestyle="", marker="x", color="#b00020", markersize=5 if breaches < 60 else 3,
+            alpha=1.0 if breaches < 60 else 0.5,
             label=f"{breaches} above the bound",
         )  # fmt: skip
     axes.axhline(0.0, color="#b00020", linewidth=1.0, zorder=1)
     axes.set_title(f"Constraint “{printable(name)}” (violated above 0)")
-    axes.legend(loc="lower right")
+    axes.legend(loc="best", frameon=True, framealpha=0.8, edgecolor="none")
 
 
 def _projection_panel(axes: Axes, runs: list[RunCurves]) -> None:
