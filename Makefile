@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: bench test lint format clean
+.PHONY: bench test lint format leaderboard clean
 
 bench: $(INSTALLED)  ## run the quick suite with all agents and print the leaderboard
 	$(BIN)/scpo-bench run quick --jobs $(JOBS)
@@ -21,6 +21,9 @@ lint: $(INSTALLED)  ## style and types
 	@rm -rf .typecheck && mkdir -p .typecheck/scpo_bench
 	@ln -s $(CURDIR)/scpo_bench/* .typecheck/scpo_bench/ && ln -s $(CURDIR)/envs $(CURDIR)/baselines .typecheck/scpo_bench/
 	MYPYPATH=.typecheck $(BIN)/mypy -p scpo_bench
+
+leaderboard: $(INSTALLED)  ## write the table of the committed records into README.md, and its figures
+	$(BIN)/python -m scpo_bench.leaderboard.readme README.md results paper
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix scpo_bench envs baselines tests

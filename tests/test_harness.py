@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 
 import gymnasium as gym
 import numpy as np
@@ -157,6 +160,52 @@ def test_jobs_do_not_change_records(tmp_path):
         assert one.digest == two.digest
     again = run_cells(todo, "s", tmp_path / "1", 1, console)
     assert (again.finished, again.skipped) == (0, 3)
+
+
+def test_two_commands_on_one_folder_share_the_work(tmp_path):
+    """Two processes started together on the same cells: every cell is run once, and both see all of them finished."""
+    program = (
+        "import sys; from pathlib import Path; from rich.console import Console; from scpo_bench.launch.local import run_cells;"
+        "from scpo_bench.records import Cell; cells = [Cell.model_validate_json(line) for line in sys.stdin];"
+        "outcome = run_cells(cells, 's', Path(sys.argv[1]), 1, Console(quiet=True)); print(len(outcome.failed))"
+    )
+    todo = [CELL.model_copy(update={"seed": seed, "steps": 400}) for seed in range(4)]
+    lines = "\n".join(cell.model_dump_json() for cell in todo)
+    commands = [
+        subprocess.Popen([sys.executable, "-c", program, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    for command in commands:
+        command.stdin.write(lines)
+        command.stdin.close()
+    assert [command.wait(timeout=300) for command in commands] == [0, 0]
+    assert [command.stdout.read().strip() for command in commands] == ["0", "0"]
+    digests = {read_run(run_folder(tmp_path, "s", cell)).digest for cell in todo}
+    serial = run_cells(todo, "s", tmp_path / "serial", 1, Console(quiet=True))
+    assert serial.finished == 4
+    assert digests == {read_run(run_folder(tmp_path / "serial", "s", cell)).digest for cell in todo}
+    for command in commands:
+        command.stdout.close()
+
+
+def test_killed_run_starts_again_and_ends_equal(tmp_path):
+    """kill -9 in the middle: what was written is readable, and the same command gives the record of an undisturbed run."""
+    program = (
+        "import sys; from pathlib import Path; from scpo_bench.harness import run_cell; from scpo_bench.records import Cell;"
+    )
+    program += "run_cell(Cell.model_validate_json(sys.argv[1]), Path(sys.argv[2]), 's')"
+    cell = CELL.model_copy(update={"steps": 4000})
+    folder = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, "-c", program, cell.model_dump_json(), folder])
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (folder / "updates.jsonl").exists():
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.kill()
+    process.wait()
+    assert read_run(folder).status == "running"
+    read_updates(folder)
+    assert run_cell(cell, folder, "s").digest == run_cell(cell, tmp_path / "whole", "s").digest
 
 
 def test_failed_cell_is_shown_and_the_rest_goes_on(tmp_path):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import functools
 import multiprocessing
 import os
 import queue
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from scpo_bench.benchmark import run_folder
 from scpo_bench.records import Cell, RecordError, read_run
+
+BUSY_WAIT_S = 0.5  # between two looks at a cell that another process is running
 
 
 class LaunchError(ValueError):
@@ -67,8 +72,6 @@ def run_cells(cells: list[Cell], suite: str, results: Path, jobs: int, console: 
     """Run every cell that is not finished yet, ``jobs`` at a time. LaunchError if the results folder cannot be written."""
     _check_writable(results)
     todo = [cell for cell in cells if not is_finished(run_folder(results, suite, cell), cell)]
-    for cell in todo:
-        _set_aside(run_folder(results, suite, cell), cell)
     failed: list[tuple[Cell, str]] = []
     with _bars(console, len(cells), len(cells) - len(todo)) as bars:
         runs = _run_here(todo, suite, results, bars) if jobs == 1 else _run_in_processes(todo, suite, results, jobs, bars)
@@ -118,18 +121,48 @@ def _bars(console: Console, total: int, done: int) -> Iterator[_Bars]:
         yield _Bars(progress, total, done)
 
 
+@contextlib.contextmanager
+def _claimed(cell: Cell, suite: str, results: Path) -> Iterator[bool]:
+    """Whether this process may run the cell now: not while another one, of this or another command, is running it.
+
+    An advisory lock on a file of the cell's own, which the operating system gives back when its holder dies, however it dies.
+    """
+    locks = results / ".locks"
+    locks.mkdir(exist_ok=True)
+    with open(locks / f"{suite}-{cell.key()}", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
 def _run_one(cell: Cell, suite: str, results: Path, report: Callable[[int, int], None]) -> str | None:
     """The cell's error, or None. Imports torch and the agents, which the command line has no need of."""
     from scpo_bench.harness import run_cell
 
+    folder = run_folder(results, suite, cell)
+    if is_finished(folder, cell):  # by another command, since this one looked
+        return None
+    _set_aside(folder, cell)
     report(0, 0)
-    run = run_cell(cell, run_folder(results, suite, cell), suite, report)
+    run = run_cell(cell, folder, suite, report)
     return run.error if run.status == "failed" else None
 
 
 def _run_here(cells: list[Cell], suite: str, results: Path, bars: _Bars) -> Iterator[tuple[Cell, str | None]]:
-    for cell in cells:
-        yield cell, _run_one(cell, suite, results, lambda steps, updates, cell=cell: bars.show(cell, steps, updates))  # type: ignore[misc]
+    waiting = deque(cells)
+    while waiting:
+        cell = waiting.popleft()
+        with _claimed(cell, suite, results) as mine:
+            if mine:
+                error = _run_one(cell, suite, results, functools.partial(bars.show, cell))
+        if mine:
+            yield cell, error
+        else:
+            waiting.append(cell)
+            time.sleep(BUSY_WAIT_S)
 
 
 def _worker(todo: Any, messages: Any, suite: str, results: Path) -> None:
@@ -141,9 +174,16 @@ def _worker(todo: Any, messages: Any, suite: str, results: Path) -> None:
             index, cell = todo.get_nowait()
         except queue.Empty:
             return
-        messages.put(("started", index, os.getpid(), 0))
-        error = _run_one(cell, suite, results, lambda steps, updates, i=index: messages.put(("progress", i, steps, updates)))  # type: ignore[misc]
-        messages.put(("done", index, error, 0))
+        with _claimed(cell, suite, results) as mine:
+            if mine:
+                messages.put(("started", index, os.getpid(), 0))
+                error = _run_one(
+                    cell, suite, results, lambda steps, updates, i=index: messages.put(("progress", i, steps, updates))
+                )  # type: ignore[misc]
+                messages.put(("done", index, error, 0))
+        if not mine:
+            todo.put((index, cell))
+            time.sleep(BUSY_WAIT_S)
 
 
 def _raise_interrupt() -> None:
