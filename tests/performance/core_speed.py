@@ -23,7 +23,7 @@ from scpo_bench.scpo.projection import Certificate, project
 from scpo_bench.vec_env import NativeVecEnv
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from test_projection import reference  # noqa: E402 - the cvxpy formulation that the tests compare with
+from test_projection import reference
 
 
 def projection(k: int = 4, m: int = 16, repeats: int = 60) -> None:
