@@ -16,6 +16,7 @@ import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.error import DependencyNotInstalled, ResetNeeded
+
 from scpo_bench.envs.safety_gymnasium_tasks import COST_LIMIT, TASKS, SafetyTask, task_metadata
 
 __all__ = [

@@ -18,6 +18,7 @@ from typing import Any
 
 import mujoco
 import numpy as np
+
 from scpo_bench.envs.safety_gymnasium_package import original, private_modules
 from scpo_bench.envs.safety_gymnasium_world import CurrentAgent, CurrentTask, mixed
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
+
 from scpo_bench.envs.safety_gymnasium import register_safety_gymnasium, task_metadata
 
 __all__ = ["TOLERANCE", "Agreement", "compare", "page"]

@@ -14,6 +14,7 @@ from typing import Any
 
 import mujoco
 import numpy as np
+
 from scpo_bench.envs.safety_gymnasium_package import original, private_modules
 
 __all__ = ["builder_class", "dump_episode", "dump_robot", "load_episode", "load_robot", "mixed"]

@@ -21,6 +21,8 @@ import numpy as np
 import pytest
 from gymnasium.error import DependencyNotInstalled, ResetNeeded
 from gymnasium.utils.env_checker import check_env
+
+import scpo_bench  # noqa: F401 - registers the ids
 from scpo_bench.envs.safety_gymnasium import (
     TASKS,
     SafetyNavigationEnv,
@@ -28,8 +30,6 @@ from scpo_bench.envs.safety_gymnasium import (
     register_safety_gymnasium,
     task_metadata,
 )
-
-import scpo_bench  # noqa: F401 - registers the ids
 
 pytest.importorskip("mujoco")
 pytestmark = [
@@ -73,6 +73,7 @@ def gl() -> Iterator[None]:
 def skyless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compile worlds without their sky: half a second and 190 MB each, and no number depends on it."""
     import mujoco
+
     from scpo_bench.envs.safety_gymnasium_fast import _without_sky
     from scpo_bench.envs.safety_gymnasium_package import original
 

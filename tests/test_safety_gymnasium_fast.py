@@ -12,9 +12,9 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
-from scpo_bench.envs.safety_gymnasium import TASKS
 
 import scpo_bench  # noqa: F401 - registers the ids
+from scpo_bench.envs.safety_gymnasium import TASKS
 
 mujoco = pytest.importorskip("mujoco")
 

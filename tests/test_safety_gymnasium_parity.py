@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from scpo_bench.envs.safety_gymnasium_parity import compare, load, page
 
 import scpo_bench  # noqa: F401 - registers the ids
+from scpo_bench.envs.safety_gymnasium_parity import compare, load, page
 
 mujoco = pytest.importorskip("mujoco")
 
