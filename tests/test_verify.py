@@ -336,6 +336,8 @@ def test_own_output_beside_records_is_passed_over(results):
     (results / "s" / "plots").mkdir()
     (results / "s" / "plots" / "a.png").write_bytes(b"")
     (results / "s" / "leaderboard.md").write_text("")
+    (results / ".locks").mkdir()
+    (results / ".locks" / "s-0123").write_bytes(b"")
     report = verify(results)
     assert report.ok
     assert len(report.notes) == 2

@@ -56,6 +56,8 @@ RECORD_FILES = frozenset({RUN_FILE, UPDATES_FILE, COMPRESSED_UPDATES_FILE})
 # packed.
 _OWN_OUTPUT = frozenset({".md", ".html", ".csv", ".tex", ".png", ".svg", ".pdf"})
 _TRACEBACK_FILE = "traceback.txt"
+# What running processes keep beside the records: locks of cells, and files about to be renamed into place.
+_LOCKS_FOLDER, _PART_SUFFIX = ".locks", ".part"
 
 # Bounds on what is read at all. A run of 300 updates has some 300 kB of lines; a large suite some 20 MB compressed.
 MAX_FILES = 100_000
@@ -169,7 +171,9 @@ def _tree(root: Path, sealed: bool) -> tuple[dict[str, int], list[str]]:
             if status.st_size > limit:
                 raise Refused(f"{name}: {status.st_size} bytes; no record's file is larger than {limit}")
             files[name] = status.st_size
-        elif not sealed and (path.name == _TRACEBACK_FILE or path.suffix in _OWN_OUTPUT):
+        elif not sealed and path.parent.name == _LOCKS_FOLDER:
+            continue
+        elif not sealed and (path.name == _TRACEBACK_FILE or path.suffix in (*_OWN_OUTPUT, _PART_SUFFIX)):
             passed.append(name)
         else:
             raise Refused(f"{name}: no part of a record (those are {', '.join(sorted(RECORD_FILES))}, {MANIFEST_FILE})")
