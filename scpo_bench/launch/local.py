@@ -169,6 +169,11 @@ def _worker(todo: Any, messages: Any, suite: str, results: Path) -> None:
     """Takes cells until there are none. Ctrl-C reaches the parent, which stops the workers by SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: _raise_interrupt())
+    with contextlib.suppress(KeyboardInterrupt):
+        _take_cells(todo, messages, suite, results)
+
+
+def _take_cells(todo: Any, messages: Any, suite: str, results: Path) -> None:
     while True:
         try:
             index, cell = todo.get_nowait()
@@ -233,7 +238,7 @@ def _run_in_processes(cells: list[Cell], suite: str, results: Path, jobs: int, b
                     yield cells[index], first
         finally:
             for worker in workers:
-                if worker.is_alive():
+                if left and worker.is_alive():  # interrupted; otherwise they end by themselves
                     worker.terminate()
             for worker in workers:
                 worker.join(timeout=10)
