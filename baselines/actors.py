@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
-from scpo_bench.baselines.networks import Array, Mlp, sequential_layers
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import nn
 
+from scpo_bench.baselines.networks import Array, Mlp, sequential_layers
 from scpo_bench.policies import ResidualHead
 
 LOG_2PI = float(np.log(2 * np.pi))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+
 from scpo_bench.baselines.actors import Actor, actor_of
 from scpo_bench.baselines.configuration import require
 from scpo_bench.baselines.cpo_dual import Case, TrustRegionStep, conjugate_gradient, trust_region_step

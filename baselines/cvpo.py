@@ -14,17 +14,18 @@ import numpy as np
 import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
-from scpo_bench.baselines.configuration import require, resolve_config
-from scpo_bench.baselines.costs import EpisodeCosts, check_transition, read_costs
-from scpo_bench.baselines.cvpo_dual import EStep, cost_threshold, e_step
-from scpo_bench.baselines.cvpo_policy import CVPOPolicy, gaussian_kl_split, weighted_nll_split
-from scpo_bench.baselines.multipliers import projected_ascent
-from scpo_bench.baselines.normalisation import normalisation_state, restore_normalisation
-from scpo_bench.baselines.replay import CostReplay
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import RolloutReturn
 from torch import Tensor
+
+from scpo_bench.baselines.configuration import require, resolve_config
+from scpo_bench.baselines.costs import EpisodeCosts, check_transition, read_costs
+from scpo_bench.baselines.cvpo_dual import EStep, cost_threshold, e_step
+from scpo_bench.baselines.cvpo_policy import N_REWARD_CRITICS, CVPOPolicy, gaussian_kl_split, weighted_nll_split
+from scpo_bench.baselines.multipliers import projected_ascent
+from scpo_bench.baselines.normalisation import normalisation_state, restore_normalisation
+from scpo_bench.baselines.replay import CostReplay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,9 @@ class CVPOConfig:
     """Adam step size of the actor, > 0."""
     critic_lr: float = 1e-3
     """Adam step size of the critics, > 0."""
+    pessimistic_cost: bool = True
+    """Whether the higher of the two cost critics counts, in targets and E-step, or (False) their mean. The higher errs on the
+    safe side, by as much as the two disagree: with a small limit that can be all of it."""
     tau: float = 0.05
     """Share by which target networks follow per gradient update, in (0, 1]."""
     net_arch: tuple[int, ...] = (128, 128)
@@ -279,13 +283,13 @@ class CVPO(OffPolicyAlgorithm):
         with torch.no_grad():
             next_mean, next_std = policy.actor_target(following)
             next_actions = self._clipped(self._samples(next_mean, next_std, 1))
-            low_reward, high_cost = policy.pessimistic_values(policy.critics_target(following, next_actions))
+            low_reward, high_cost = self._combined(policy.critics_target(following, next_actions))
             reward_target = scale * rewards + discounts * low_reward[:, 0]
             cost_target = scale * costs + discounts * high_cost[:, 0]
             targets = torch.stack([reward_target, reward_target, cost_target, cost_target])
         error = policy.critics(observations, actions.unsqueeze(1)).squeeze(2) - targets
         losses = error.square().mean(dim=1)
-        policy.critic_optimizer.zero_grad()
+        policy.critic_optimizer.zero_grad(set_to_none=False)  # keeps the memory: new pages cost more than zeroes
         losses.sum().backward()
         torch.nn.utils.clip_grad_norm_(policy.critics.parameters(), self.config.max_grad_norm)
         policy.critic_optimizer.step()
@@ -295,7 +299,7 @@ class CVPO(OffPolicyAlgorithm):
     def _e_step(self, observations: Tensor, actions: Tensor) -> EStep:
         """The best weights of the old policy's samples. actions: [B, K, A]."""
         values = self.policy.critics_target(observations, self._clipped(actions))
-        reward, cost = (v.cpu().numpy() for v in self.policy.pessimistic_values(values))
+        reward, cost = (v.cpu().numpy() for v in self._combined(values))
         return e_step(reward, cost, self.config.kl_bound, self.config.return_scale * self.threshold())
 
     def _m_step(self, observations: Tensor, old_mean: Tensor, old_std: Tensor, actions: Tensor, best: EStep) -> dict[str, float]:
@@ -323,6 +327,11 @@ class CVPO(OffPolicyAlgorithm):
             "dual_iterations": best.iterations, "recovery_share": float(best.recovery),
             "effective_sample_size": best.effective_sample_size(),
         }  # fmt: skip
+
+    def _combined(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """All critics' values [4, ...] -> (lowest reward value, highest or mean cost value), each [...]."""
+        cost = values[N_REWARD_CRITICS:]
+        return values[:N_REWARD_CRITICS].amin(dim=0), cost.amax(dim=0) if self.config.pessimistic_cost else cost.mean(dim=0)
 
     def _samples(self, mean: Tensor, std: Tensor, k: int) -> Tensor:
         """[B, k, A] draws; the noise comes from the agent's own generator, which ``save`` keeps."""

@@ -12,7 +12,7 @@ from stable_baselines3.common.policies import BasePolicy
 from torch import Tensor, nn
 
 N_REWARD_CRITICS = N_COST_CRITICS = 2
-SLICE = 32  # states per slice in Critics.forward
+SLICE_ROWS = 512  # state-action pairs per slice in Critics.forward
 
 
 class GaussianActor(nn.Module):
@@ -92,7 +92,8 @@ class Critics(nn.Module):
         if torch.is_grad_enabled():
             return self._layers(state_part, scaled)
         # Without gradients: a slice of states at a time, so that the hidden layers stay in the processor's cache.
-        slices = zip(state_part.split(SLICE, dim=1), scaled.split(SLICE))
+        states = max(SLICE_ROWS // actions.shape[1], 1)
+        slices = zip(state_part.split(states, dim=1), scaled.split(states))
         return torch.cat([self._layers(part, chunk) for part, chunk in slices], dim=1)
 
     def _layers(self, state_part: Tensor, scaled: Tensor) -> Tensor:
@@ -102,7 +103,9 @@ class Critics(nn.Module):
         hidden = hidden.view(self.n, b, K, -1).add_(state_part.unsqueeze(2)).relu_().view(self.n, b * K, -1)
         for weight, bias in zip(list(self.weights)[:-1], list(self.biases)[:-1]):
             hidden = torch.bmm(hidden, weight).add_(bias).relu_()
-        return torch.bmm(hidden, self.weights[-1]).add_(self.biases[-1]).view(self.n, b, K)
+        # One column per network: matrix-vector products; a batched product this narrow is several times slower.
+        out = torch.stack([torch.mv(h, w) for h, w in zip(hidden, self.weights[-1].squeeze(2))])
+        return (out + self.biases[-1].squeeze(2)).view(self.n, b, K)
 
 
 class CVPOPolicy(BasePolicy):
@@ -140,10 +143,6 @@ class CVPOPolicy(BasePolicy):
             for online, target in ((self.actor, self.actor_target), (self.critics, self.critics_target)):
                 for p, q in zip(online.parameters(), target.parameters()):
                     q.lerp_(p, tau)
-
-    def pessimistic_values(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """[4, ...] -> (lowest reward value, highest cost value), each [...]."""
-        return values[:N_REWARD_CRITICS].amin(dim=0), values[N_REWARD_CRITICS:].amax(dim=0)
 
     def forward(self, observations: Tensor, deterministic: bool = False) -> Tensor:
         return self._predict(observations, deterministic)

@@ -9,17 +9,18 @@ from typing import Any, ClassVar
 import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.vec_env import VecEnv
+from torch import nn
+
 from scpo_bench.baselines.actors import Actor, actor_of
 from scpo_bench.baselines.advantages import generalised_advantages, next_values
 from scpo_bench.baselines.configuration import require, resolve_config
 from scpo_bench.baselines.costs import EpisodeCosts, check_transition, read_costs
 from scpo_bench.baselines.networks import Adam, Array, Mlp, sequential_layers
 from scpo_bench.baselines.normalisation import normalisation_state, restore_normalisation
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
-from stable_baselines3.common.vec_env import VecEnv
-from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+
 from scpo_bench.baselines.actors import actor_of
 from scpo_bench.baselines.configuration import require
 from scpo_bench.baselines.multipliers import Multipliers, lagrangian_advantages, projected_adam_ascent

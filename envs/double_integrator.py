@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
+
 from scpo_bench.envs.batched import Array, BatchedTask, BatchedTaskEnv, BatchedTaskVectorEnv, Components
 
 DT_S = 0.1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
+
 from scpo_bench.envs.batched import Array, BatchedTask, BatchedTaskEnv, BatchedTaskVectorEnv, Components
 
 BOUND = 0.5  # a prediction is safe within [-BOUND, BOUND]

@@ -21,6 +21,8 @@ from scpo_bench.records import Cell, Update, UpdateLog
 from scpo_bench.scpo.rollouts import ProbeMeter
 from scpo_bench.vec_env import NativeVecEnv
 
+HELD_OUT_ENTROPY = 20_251_213  # root of the evaluation seeds, which no cell's seed leads to
+
 
 @dataclass
 class Collection:
@@ -99,13 +101,12 @@ class Evaluation:
 class Evaluator:
     """Evaluates a policy on ``episodes`` episodes whose starts, and noise, are the same at every call.
 
-    The seeds come from their own branch of the seed tree (``entropy``), the same for all agents and seeds of a task: every agent is
-    judged on the same starts, and no agent trains on them.
+    The seeds come from their own branch of the seed tree (``HELD_OUT_ENTROPY``), the same for all agents and seeds of a task: every
+    agent is judged on the same starts, and no agent trains on them.
     """
 
-    def __init__(self, task: str, env_kwargs: dict[str, Any], episodes: int, native: bool, entropy: int = 20_251_213) -> None:
-        self._episodes = episodes
-        sequence = np.random.SeedSequence(entropy)
+    def __init__(self, task: str, env_kwargs: dict[str, Any], episodes: int, native: bool) -> None:
+        sequence = np.random.SeedSequence(HELD_OUT_ENTROPY)
         self._native: NativeVecEnv | None = None
         self._env: gym.Env[Any, Any] | None = None
         if native:
@@ -160,6 +161,11 @@ class Evaluator:
             costs.append(cost)
         objective = float(np.mean(losses)) if losses else None
         return Evaluation(float(np.mean(returns)), float(np.mean(costs)), worst, objective)
+
+    def native_starts(self) -> Any:
+        """The held-out start observations [episodes, obs_dim] of a task with a native vector environment."""
+        assert self._native is not None
+        return self._native.vector_env.reset(seed=self._seeds[0])[0]
 
     def close(self) -> None:
         for env in (self._native, self._env):

@@ -11,17 +11,17 @@ import pytest
 import torch
 from constrained_mdps import MdpEnv, MdpVecEnv, Speed, TwoState, episode_means
 from gymnasium.wrappers import TimeLimit
-from scpo_bench.baselines.cpo import CPO, CPOConfig
-from scpo_bench.baselines.cpo_dual import Case
-from scpo_bench.baselines.cvpo import CVPO
-from scpo_bench.baselines.on_policy import ConstrainedOnPolicy
-from scpo_bench.baselines.ppo_lagrangian import PPOLagrangian
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
+from scpo_bench.baselines.cpo import CPO, CPOConfig
+from scpo_bench.baselines.cpo_dual import Case
+from scpo_bench.baselines.cvpo import CVPO
+from scpo_bench.baselines.on_policy import ConstrainedOnPolicy
+from scpo_bench.baselines.ppo_lagrangian import PPOLagrangian
 from scpo_bench.policies import AffineBackup, BackupActorCriticPolicy
 
 torch.set_num_threads(1)  # tiny networks: more threads only get in each other's way

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import LinearConstraint, NonlinearConstraint, brentq, minimize
+
 from scpo_bench.baselines.advantages import discounted_sums, generalised_advantages, next_values
 from scpo_bench.baselines.configuration import resolve_config
 from scpo_bench.baselines.costs import EpisodeCosts

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
+from stable_baselines3.common.policies import ActorCriticPolicy
+from torch import nn
+
 from scpo_bench.baselines.actors import actor_of
 from scpo_bench.baselines.networks import Adam, Mlp, sequential_layers
 from scpo_bench.baselines.ppo_lagrangian import clipped_surrogate_weights
 from scpo_bench.baselines.replay import CostReplay
-from stable_baselines3.common.policies import ActorCriticPolicy
-from torch import nn
-
 from scpo_bench.policies import AffineBackup, BackupActorCriticPolicy
 
 torch.set_num_threads(1)  # tiny networks: more threads only get in each other's way

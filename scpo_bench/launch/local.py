@@ -182,13 +182,15 @@ def _take_cells(todo: Any, messages: Any, suite: str, results: Path) -> None:
         with _claimed(cell, suite, results) as mine:
             if mine:
                 messages.put(("started", index, os.getpid(), 0))
-                error = _run_one(
-                    cell, suite, results, lambda steps, updates, i=index: messages.put(("progress", i, steps, updates))
-                )  # type: ignore[misc]
+                error = _run_one(cell, suite, results, functools.partial(_report, messages, index))
                 messages.put(("done", index, error, 0))
         if not mine:
             todo.put((index, cell))
             time.sleep(BUSY_WAIT_S)
+
+
+def _report(messages: Any, index: int, steps: int, updates: int) -> None:
+    messages.put(("progress", index, steps, updates))
 
 
 def _raise_interrupt() -> None:

@@ -85,8 +85,9 @@ def run_omnisafe(python: Path, agent: str, task: str, num_envs: int, threads: in
 def make_environments(task: str, num_envs: int) -> Any:
     """The task as our agents train on it: SB3's DummyVecEnv, observations normalised with clip 5."""
     import gymnasium as gym
-    from scpo_bench.envs.safety_gymnasium import register_safety_gymnasium
     from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+    from scpo_bench.envs.safety_gymnasium import register_safety_gymnasium
 
     register_safety_gymnasium()
     env = DummyVecEnv([lambda: gym.make(task)] * num_envs)
@@ -96,9 +97,10 @@ def make_environments(task: str, num_envs: int) -> Any:
 def run_ours(agent: str, task: str, num_envs: int) -> dict[str, float]:
     """As ``run_omnisafe``. In this process, one torch thread."""
     import torch
+    from stable_baselines3.common.callbacks import BaseCallback
+
     from scpo_bench.baselines.cpo import CPO
     from scpo_bench.baselines.ppo_lagrangian import PPOLagrangian
-    from stable_baselines3.common.callbacks import BaseCallback
 
     torch.set_num_threads(1)
 
@@ -132,6 +134,7 @@ def run_ours(agent: str, task: str, num_envs: int) -> dict[str, float]:
 def raw_speed(task: str, steps: int = 10_000) -> float:
     """Steps per second of one bare environment under random actions, resets included."""
     import gymnasium as gym
+
     from scpo_bench.envs.safety_gymnasium import register_safety_gymnasium
 
     register_safety_gymnasium()
