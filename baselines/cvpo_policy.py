@@ -12,7 +12,7 @@ from stable_baselines3.common.policies import BasePolicy
 from torch import Tensor, nn
 
 N_REWARD_CRITICS = N_COST_CRITICS = 2
-SLICE_ROWS = 512  # state-action pairs per slice in Critics.forward
+SLICE_ROWS = 512  # state-action pairs per slice in Critics._evaluate
 
 
 class GaussianActor(nn.Module):
@@ -29,7 +29,7 @@ class GaussianActor(nn.Module):
         self, obs_dim: int, action_space: spaces.Box, net_arch: list[int], initial_std: float, backup: nn.Module | None
     ) -> None:
         super().__init__()
-        low, high = torch.as_tensor(action_space.low), torch.as_tensor(action_space.high)
+        low, high = (torch.as_tensor(bound, dtype=torch.float32) for bound in (action_space.low, action_space.high))
         self.register_buffer("centre", (high + low) / 2)
         self.register_buffer("half_range", (high - low) / 2)
         self.floor = 1e-3
@@ -69,7 +69,7 @@ class Critics(nn.Module):
 
     def __init__(self, n: int, obs_dim: int, action_space: spaces.Box, net_arch: list[int]) -> None:
         super().__init__()
-        low, high = torch.as_tensor(action_space.low), torch.as_tensor(action_space.high)
+        low, high = (torch.as_tensor(bound, dtype=torch.float32) for bound in (action_space.low, action_space.high))
         self.register_buffer("centre", (high + low) / 2)
         self.register_buffer("half_range", (high - low) / 2)
         self.n = n
@@ -89,23 +89,35 @@ class Critics(nn.Module):
         """observations: [B, O]; actions: [B, K, A] inside the action space -> values [n, B, K]."""
         state_part = torch.baddbmm(self.first_bias, observations.expand(self.n, -1, -1), self.state_weight)
         scaled = (actions - self.centre) / self.half_range
-        if torch.is_grad_enabled():
-            return self._layers(state_part, scaled)
-        # Without gradients: a slice of states at a time, so that the hidden layers stay in the processor's cache.
-        states = max(SLICE_ROWS // actions.shape[1], 1)
-        slices = zip(state_part.split(states, dim=1), scaled.split(states))
-        return torch.cat([self._layers(part, chunk) for part, chunk in slices], dim=1)
+        return self._layers(state_part, scaled) if torch.is_grad_enabled() else self._evaluate(state_part, scaled)
 
     def _layers(self, state_part: Tensor, scaled: Tensor) -> Tensor:
-        """state_part: [n, b, H]; scaled: actions in [-1, 1], [b, K, A] -> [n, b, K]."""
-        b, K, _ = scaled.shape
-        hidden = torch.bmm(scaled.reshape(1, b * K, -1).expand(self.n, -1, -1), self.action_weight)
-        hidden = hidden.view(self.n, b, K, -1).add_(state_part.unsqueeze(2)).relu_().view(self.n, b * K, -1)
+        """The rest of ``forward``, all networks at once. state_part: [n, B, H]; scaled: actions in [-1, 1], [B, K, A]."""
+        B, K, _ = scaled.shape
+        hidden = torch.bmm(scaled.reshape(1, B * K, -1).expand(self.n, -1, -1), self.action_weight)
+        hidden = hidden.view(self.n, B, K, -1).add_(state_part.unsqueeze(2)).relu_().view(self.n, B * K, -1)
         for weight, bias in zip(list(self.weights)[:-1], list(self.biases)[:-1]):
             hidden = torch.bmm(hidden, weight).add_(bias).relu_()
         # One column per network: matrix-vector products; a batched product this narrow is several times slower.
         out = torch.stack([torch.mv(h, w) for h, w in zip(hidden, self.weights[-1].squeeze(2))])
-        return (out + self.biases[-1].squeeze(2)).view(self.n, b, K)
+        return (out + self.biases[-1].squeeze(2)).view(self.n, B, K)
+
+    def _evaluate(self, state_part: Tensor, scaled: Tensor) -> Tensor:
+        """``_layers`` without gradients: one network and a slice of states at a time, in buffers that stay in the cache."""
+        B, K, A = scaled.shape
+        states = max(SLICE_ROWS // K, 1)
+        values = torch.empty(self.n, B * K, dtype=scaled.dtype, device=scaled.device)
+        inner = list(zip(self.weights, self.biases))[:-1]
+        for n in range(self.n):
+            for start in range(0, B, states):
+                chunk, part = scaled[start : start + states], state_part[n, start : start + states]
+                hidden = torch.mm(chunk.reshape(-1, A), self.action_weight[n])
+                hidden.view(len(chunk), K, -1).add_(part.unsqueeze(1)).relu_()
+                for weight, bias in inner:
+                    hidden = torch.addmm(bias[n], hidden, weight[n]).relu_()
+                rows = slice(start * K, start * K + len(hidden))
+                torch.mv(hidden, self.weights[-1][n, :, 0], out=values[n, rows])
+        return (values + self.biases[-1].squeeze(2)).view(self.n, B, K)
 
 
 class CVPOPolicy(BasePolicy):

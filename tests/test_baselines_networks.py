@@ -10,6 +10,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
 from scpo_bench.baselines.actors import actor_of
+from scpo_bench.baselines.cvpo_policy import Critics
 from scpo_bench.baselines.networks import Adam, Mlp, sequential_layers
 from scpo_bench.baselines.ppo_lagrangian import clipped_surrogate_weights
 from scpo_bench.baselines.replay import CostReplay
@@ -152,6 +153,23 @@ def test_clipped_surrogate_by_hand():
     """Ratio 1.5 at A = 2 and 0.5 at A = -1 are clipped (gradient 0); the other way round they are not."""
     ratio, advantages = np.array([1.5, 0.5, 1.5, 0.5]), np.array([2.0, -1.0, -1.0, 2.0])
     np.testing.assert_allclose(clipped_surrogate_weights(ratio, advantages, 0.2), [0.0, 0.0, 0.375, -0.25])
+
+
+def test_critics_give_the_same_values_with_and_without_gradients():
+    """The slice-by-slice evaluation against the batched one that is trained, and against the networks written out."""
+    torch.manual_seed(0)
+    critics = Critics(4, 3, spaces.Box(np.float32([-1, 0]), np.float32([1, 4])), [9, 8])
+    observations, actions = torch.randn(70, 3), torch.rand(70, 16, 2)
+    trained = critics(observations, actions)
+    with torch.no_grad():
+        torch.testing.assert_close(critics(observations, actions), trained, rtol=1e-5, atol=1e-6)
+        scaled = (actions - torch.tensor([0.0, 2.0])) / torch.tensor([1.0, 2.0])
+        for n in range(4):
+            hidden = observations.unsqueeze(1) @ critics.state_weight[n] + scaled @ critics.action_weight[n]
+            hidden = (hidden + critics.first_bias[n]).relu()
+            hidden = (hidden @ critics.weights[0][n] + critics.biases[0][n]).relu()
+            expected = (hidden @ critics.weights[1][n] + critics.biases[1][n]).squeeze(2)
+            torch.testing.assert_close(trained[n], expected, rtol=1e-5, atol=1e-6)
 
 
 # ---- replay ---------------------------------------------------------------------------------------------------------
