@@ -232,7 +232,7 @@ def test_pickles_and_other_files_are_refused(run_folder, tmp_path):
     extra.write_bytes(data)
     assert "model.pkl: no part of a record" in one_line(run_folder)
     extra.unlink()
-    (run_folder / COMPRESSED_UPDATES_FILE).write_bytes(gzip.compress(data))
+    (run_folder / COMPRESSED_UPDATES_FILE).write_bytes(gzip.compress(data, mtime=0))
     assert not verify(run_folder).ok
     (run_folder / RUN_FILE).write_bytes(data)
     assert not verify(run_folder).ok
@@ -267,9 +267,9 @@ def test_a_huge_line_is_refused_without_reading_it(run_folder):
     assert "1000000000 bytes" in one_line(run_folder)
     path.unlink()
     # A gzip file may be many pieces one after the other: 1 MB of zeros, a thousand times.
-    (run_folder / COMPRESSED_UPDATES_FILE).write_bytes(1000 * gzip.compress(b"0" * 1_000_000))
+    (run_folder / COMPRESSED_UPDATES_FILE).write_bytes(1000 * gzip.compress(b"0" * 1_000_000, mtime=0))
     assert "a line of more than" in one_line(run_folder)
-    (run_folder / COMPRESSED_UPDATES_FILE).write_bytes(1000 * gzip.compress(b"0\n" * 500_000))
+    (run_folder / COMPRESSED_UPDATES_FILE).write_bytes(1000 * gzip.compress(b"0\n" * 500_000, mtime=0))
     assert "bytes of updates" in one_line(run_folder)
 
 
@@ -507,14 +507,14 @@ def test_archive_bombs_are_refused(tmp_path, monkeypatch):
     assert "expands to more" in one_line(path)
     header = tarfile.TarInfo("pax")
     header.type, header.size = tarfile.XHDTYPE, 30_000_000
-    path.write_bytes(gzip.compress(header.tobuf(tarfile.USTAR_FORMAT) + bytes(30_000_000)))
+    path.write_bytes(gzip.compress(header.tobuf(tarfile.USTAR_FORMAT) + bytes(30_000_000), mtime=0))
     assert "expands to more" in one_line(path)
     monkeypatch.setattr(module, "MAX_STORED_BYTES", 1000)
     path = archive_of(tmp_path / "c.tar.gz", [(member("s/updates.jsonl"), bytes(2000))])
     assert "2000 bytes" in one_line(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 a zip", gzip.compress(b"no tar"), gzip.compress(b"x" * 1024)[:-6]])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 a zip", gzip.compress(b"no tar", mtime=0), gzip.compress(b"x" * 1024, mtime=0)[:-6]])
 def test_files_that_are_no_archive(tmp_path, content):
     """Anything else ends in one line."""
     path = tmp_path / "b.tar.gz"
