@@ -287,13 +287,10 @@ class CVPO(OffPolicyAlgorithm):
             reward_target = scale * rewards + discounts * low_reward[:, 0]
             cost_target = scale * costs + discounts * high_cost[:, 0]
             targets = torch.stack([reward_target, reward_target, cost_target, cost_target])
-        error = policy.critics(observations, actions.unsqueeze(1)).squeeze(2) - targets
-        losses = error.square().mean(dim=1)
-        policy.critic_optimizer.zero_grad(set_to_none=False)  # keeps the memory: new pages cost more than zeroes
-        losses.sum().backward()
+        losses = policy.critics.regression(observations, actions, targets)
         torch.nn.utils.clip_grad_norm_(policy.critics.parameters(), self.config.max_grad_norm)
         policy.critic_optimizer.step()
-        reward_loss, cost_loss = losses.detach().view(2, 2).mean(dim=1).tolist()
+        reward_loss, cost_loss = losses.view(2, 2).mean(dim=1).tolist()
         return observations, {"reward_critic_loss": reward_loss, "cost_critic_loss": cost_loss}
 
     def _e_step(self, observations: Tensor, actions: Tensor) -> EStep:

@@ -12,7 +12,7 @@ from stable_baselines3.common.policies import BasePolicy
 from torch import Tensor, nn
 
 N_REWARD_CRITICS = N_COST_CRITICS = 2
-SLICE_ROWS = 512  # state-action pairs per slice in Critics._evaluate
+SLICE_ROWS = 512  # state-action pairs per slice in Critics.forward
 
 
 class GaussianActor(nn.Module):
@@ -59,9 +59,10 @@ class GaussianActor(nn.Module):
 
 
 class Critics(nn.Module):
-    """``n`` action-value networks evaluated together: one batched matrix product per layer.
+    """``n`` action-value networks with ReLU layers, evaluated and differentiated one after the other in cache-sized pieces.
 
-    The first layer is split, W_s s + W_a a, so that K actions in one state share the state's part.
+    The first layer is split, W_s s + W_a a, so that K actions in one state share the state's part. Derivatives are written out:
+    through autograd the four networks' regression takes twice as long.
     """
 
     centre: Tensor
@@ -85,32 +86,18 @@ class Critics(nn.Module):
         self.weights = nn.ParameterList(uniform(n, i, o, fan_in=i) for i, o in pairwise(widths))
         self.biases = nn.ParameterList(uniform(n, 1, o, fan_in=i) for i, o in pairwise(widths))
 
+    @torch.no_grad()
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """observations: [B, O]; actions: [B, K, A] inside the action space -> values [n, B, K]."""
-        state_part = torch.baddbmm(self.first_bias, observations.expand(self.n, -1, -1), self.state_weight)
+        """observations: [B, O]; actions: [B, K, A] inside the action space -> values [n, B, K], without gradients."""
+        B, K, A = actions.shape
         scaled = (actions - self.centre) / self.half_range
-        return self._layers(state_part, scaled) if torch.is_grad_enabled() else self._evaluate(state_part, scaled)
-
-    def _layers(self, state_part: Tensor, scaled: Tensor) -> Tensor:
-        """The rest of ``forward``, all networks at once. state_part: [n, B, H]; scaled: actions in [-1, 1], [B, K, A]."""
-        B, K, _ = scaled.shape
-        hidden = torch.bmm(scaled.reshape(1, B * K, -1).expand(self.n, -1, -1), self.action_weight)
-        hidden = hidden.view(self.n, B, K, -1).add_(state_part.unsqueeze(2)).relu_().view(self.n, B * K, -1)
-        for weight, bias in zip(list(self.weights)[:-1], list(self.biases)[:-1]):
-            hidden = torch.bmm(hidden, weight).add_(bias).relu_()
-        # One column per network: matrix-vector products; a batched product this narrow is several times slower.
-        out = torch.stack([torch.mv(h, w) for h, w in zip(hidden, self.weights[-1].squeeze(2))])
-        return (out + self.biases[-1].squeeze(2)).view(self.n, B, K)
-
-    def _evaluate(self, state_part: Tensor, scaled: Tensor) -> Tensor:
-        """``_layers`` without gradients: one network and a slice of states at a time, in buffers that stay in the cache."""
-        B, K, A = scaled.shape
-        states = max(SLICE_ROWS // K, 1)
-        values = torch.empty(self.n, B * K, dtype=scaled.dtype, device=scaled.device)
+        values = observations.new_empty(self.n, B * K)
         inner = list(zip(self.weights, self.biases))[:-1]
+        states = max(SLICE_ROWS // K, 1)
         for n in range(self.n):
+            state_part = torch.addmm(self.first_bias[n], observations, self.state_weight[n])
             for start in range(0, B, states):
-                chunk, part = scaled[start : start + states], state_part[n, start : start + states]
+                chunk, part = scaled[start : start + states], state_part[start : start + states]
                 hidden = torch.mm(chunk.reshape(-1, A), self.action_weight[n])
                 hidden.view(len(chunk), K, -1).add_(part.unsqueeze(1)).relu_()
                 for weight, bias in inner:
@@ -118,6 +105,45 @@ class Critics(nn.Module):
                 rows = slice(start * K, start * K + len(hidden))
                 torch.mv(hidden, self.weights[-1][n, :, 0], out=values[n, rows])
         return (values + self.biases[-1].squeeze(2)).view(self.n, B, K)
+
+    @torch.no_grad()
+    def regression(self, observations: Tensor, actions: Tensor, targets: Tensor) -> Tensor:
+        """Mean squared errors [n]; the gradient of their sum goes to ``.grad`` (overwritten).
+
+        observations: [B, O]; actions: [B, A] inside the action space; targets: [n, B].
+        """
+        for parameter in self.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        scaled = (actions - self.centre) / self.half_range
+        errors = torch.empty_like(targets)
+        for n in range(self.n):
+            first = torch.addmm(self.first_bias[n], observations, self.state_weight[n])
+            hidden = [first.addmm_(scaled, self.action_weight[n]).relu_()]
+            for weight, bias in zip(list(self.weights)[:-1], list(self.biases)[:-1]):
+                hidden.append(torch.addmm(bias[n], hidden[-1], weight[n]).relu_())
+            last_weight = self.weights[-1][n, :, 0]
+            errors[n] = torch.mv(hidden[-1], last_weight) + self.biases[-1][n, 0] - targets[n]
+
+            d_value = errors[n] * (2.0 / len(targets[n]))
+            _grad(self.weights[-1])[n, :, 0] = torch.mv(hidden[-1].T, d_value)
+            _grad(self.biases[-1])[n] = d_value.sum()
+            delta = torch.outer(d_value, last_weight)
+            for layer in range(len(hidden) - 1, -1, -1):
+                delta.mul_(hidden[layer] > 0)
+                bias = self.biases[layer - 1] if layer else self.first_bias
+                torch.sum(delta, dim=0, keepdim=True, out=_grad(bias)[n])
+                if layer:
+                    torch.mm(hidden[layer - 1].T, delta, out=_grad(self.weights[layer - 1])[n])
+                    delta = torch.mm(delta, self.weights[layer - 1][n].T)
+            torch.mm(observations.T, delta, out=_grad(self.state_weight)[n])
+            torch.mm(scaled.T, delta, out=_grad(self.action_weight)[n])
+        return errors.square_().mean(dim=1)
+
+
+def _grad(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 class CVPOPolicy(BasePolicy):

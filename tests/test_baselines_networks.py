@@ -155,21 +155,32 @@ def test_clipped_surrogate_by_hand():
     np.testing.assert_allclose(clipped_surrogate_weights(ratio, advantages, 0.2), [0.0, 0.0, 0.375, -0.25])
 
 
-def test_critics_give_the_same_values_with_and_without_gradients():
-    """The slice-by-slice evaluation against the batched one that is trained, and against the networks written out."""
+def test_critics_equal_the_networks_written_out():
+    """Values (several actions per state, slice by slice) and the regression's hand-written gradient, against autograd."""
     torch.manual_seed(0)
-    critics = Critics(4, 3, spaces.Box(np.float32([-1, 0]), np.float32([1, 4])), [9, 8])
-    observations, actions = torch.randn(70, 3), torch.rand(70, 16, 2)
-    trained = critics(observations, actions)
-    with torch.no_grad():
-        torch.testing.assert_close(critics(observations, actions), trained, rtol=1e-5, atol=1e-6)
+    critics = Critics(4, 3, spaces.Box(np.float32([-1, 0]), np.float32([1, 4])), [9, 8, 7])
+    observations, actions, targets = torch.randn(70, 3), torch.rand(70, 16, 2), torch.randn(4, 70)
+
+    def written_out(actions):
         scaled = (actions - torch.tensor([0.0, 2.0])) / torch.tensor([1.0, 2.0])
+        values = []
         for n in range(4):
             hidden = observations.unsqueeze(1) @ critics.state_weight[n] + scaled @ critics.action_weight[n]
             hidden = (hidden + critics.first_bias[n]).relu()
-            hidden = (hidden @ critics.weights[0][n] + critics.biases[0][n]).relu()
-            expected = (hidden @ critics.weights[1][n] + critics.biases[1][n]).squeeze(2)
-            torch.testing.assert_close(trained[n], expected, rtol=1e-5, atol=1e-6)
+            for weight, bias in list(zip(critics.weights, critics.biases))[:-1]:
+                hidden = (hidden @ weight[n] + bias[n]).relu()
+            values.append((hidden @ critics.weights[-1][n] + critics.biases[-1][n]).squeeze(2))
+        return torch.stack(values)
+
+    torch.testing.assert_close(critics(observations, actions), written_out(actions).detach(), rtol=1e-5, atol=1e-6)
+
+    losses = (written_out(actions[:, :1]).squeeze(2) - targets).square().mean(dim=1)
+    expected = torch.autograd.grad(losses.sum(), list(critics.parameters()))
+    for _ in range(2):  # overwritten, not accumulated
+        measured = critics.regression(observations, actions[:, 0], targets)
+    torch.testing.assert_close(measured, losses.detach(), rtol=1e-5, atol=1e-6)
+    for parameter, gradient in zip(critics.parameters(), expected):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
 # ---- replay ---------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ CASES = {
     "cpo, two states, discrete actions": (CPO, TwoState(discrete=True), CPO_CONFIG | {"target_kl": 0.005}, 48_000),
     "cpo, speed": (CPO, Speed(), CPO_CONFIG, 36_000),
     "cvpo, two states": (CVPO, TwoState(), CVPO_CONFIG | {"pessimistic_cost": False}, 12_000),
-    "cvpo, speed": (CVPO, Speed(), CVPO_CONFIG, 8_000),
+    "cvpo, speed": (CVPO, Speed(), CVPO_CONFIG, 14_000),
 }
 
 
