@@ -97,7 +97,11 @@ def test_unsafe_start_is_status_2(tmp_path):
 def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(tmp_path):
     """Interrupt a run in the middle: status 130, a readable record, and the next call finishes the work."""
     arguments = [*COMMAND, *RUN_SMALL, "--steps", "64000", "--results", str(tmp_path), "--jobs", "1"]
-    process = subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # Tests started in the background inherit an ignored SIGINT; a user's shell does not ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not any(p.stat().st_size for p in tmp_path.rglob("updates.jsonl")):
         time.sleep(0.1)
