@@ -514,7 +514,9 @@ def test_archive_bombs_are_refused(tmp_path, monkeypatch):
     assert "2000 bytes" in one_line(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 a zip", gzip.compress(b"no tar", mtime=0), gzip.compress(b"x" * 1024, mtime=0)[:-6]])
+@pytest.mark.parametrize(
+    "content", [b"", b"PK\x03\x04 a zip", gzip.compress(b"no tar", mtime=0), gzip.compress(b"x" * 1024, mtime=0)[:-6]]
+)
 def test_files_that_are_no_archive(tmp_path, content):
     """Anything else ends in one line."""
     path = tmp_path / "b.tar.gz"
