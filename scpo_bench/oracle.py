@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from scpo_bench.envs.batched import BatchedTask, Components
 from scpo_bench.policies import AffineBackup
-from scpo_bench.recorder import Evaluator
 from scpo_bench.references import REFERENCES_FILE
 
 TASKS = (
@@ -65,16 +64,8 @@ def _states(components: Components) -> Components:
     return tuple(torch.as_tensor(c, dtype=torch.float64) for c in components)
 
 
-def held_out_starts(task_id: str) -> Components:
-    """The 1000 start states that the harness evaluates on, so that constants and records speak of the same starts."""
-    evaluator = Evaluator(task_id, {}, 1000, native=True)
-    observations = evaluator.native_starts()
-    evaluator.close()
-    return tuple(observations.astype(np.float64).T)
-
-
-def oracle_value(task: BatchedTask, held_out: Components, steps: int, seed: int) -> tuple[float, float]:
-    """(objective loss, worst constraint value) on the held-out starts, of the best safe controller found.
+def oracle_value(task: BatchedTask, steps: int, seed: int) -> tuple[float, float]:
+    """(objective loss, worst constraint value) on 1000 sampled starts, of the best safe controller found.
 
     Adam on an augmented Lagrangian (Nocedal and Wright, Numerical Optimization, ch. 17) of the objective and of smooth maxima of
     the constraint values, kept a hundredth below zero; the best iterate that is safe on the design starts counts.
@@ -85,6 +76,7 @@ def oracle_value(task: BatchedTask, held_out: Components, steps: int, seed: int)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, 1e-5)
     fitted = _states(task.sample_starts(512, np.random.default_rng(np.random.SeedSequence([seed, 1]))))
     design = _states(task.design_starts(256))
+    held_out = _states(task.sample_starts(1000, np.random.default_rng(np.random.SeedSequence([seed, 2]))))
     multipliers, penalty, sharpness = torch.zeros(len(task.constraint_names), dtype=torch.float64), 50.0, 400.0
     best, best_state = np.inf, {k: v.clone() for k, v in controller.state_dict().items()}
     for step in range(steps):
@@ -102,19 +94,21 @@ def oracle_value(task: BatchedTask, held_out: Components, steps: int, seed: int)
             multipliers = (multipliers + penalty * g.detach()).clip(min=0)
     controller.load_state_dict(best_state)
     with torch.no_grad():
-        loss, values = _rollout(task, controller, _states(held_out))
+        loss, values = _rollout(task, controller, held_out)
     return float(loss), float(values.max())
 
 
-def backup_value(task: BatchedTask, held_out: Components) -> tuple[float, float]:
-    """(objective loss, worst constraint value) of the backup controller on the same starts."""
+def backup_value(task: BatchedTask) -> tuple[float, float]:
+    """(objective loss, worst constraint value) of the backup controller on the same 1000 starts as the oracle with seed 0."""
+    held_out = _states(task.sample_starts(1000, np.random.default_rng(np.random.SeedSequence([0, 2]))))
     with torch.no_grad():
-        loss, values = _rollout(task, AffineBackup(*task.backup_gain()).double(), _states(held_out))
+        loss, values = _rollout(task, AffineBackup(*task.backup_gain()).double(), held_out)
     return float(loss), float(values.max())
 
 
-def mpc_value(task: Any, state: Components) -> tuple[float, float]:
+def mpc_value(task: Any) -> tuple[float, float]:
     """(mean stage cost, worst constraint value) of the regulation task's MPC, on the same starts."""
+    state = task.sample_starts(1000, np.random.default_rng(np.random.SeedSequence([0, 2])))
     losses, worst = [], -np.inf
     for step in range(task.horizon):
         action = (task.mpc.actions(*state),)
@@ -137,13 +131,12 @@ def main() -> None:
     tasks: dict[str, Any] = {}
     for task_id in TASKS:
         task = gym.make(task_id).unwrapped.task  # type: ignore[attr-defined]
-        held_out = held_out_starts(task_id)
         entry: dict[str, Any] = {"objective": task.objective_name}
-        entry["backup"], entry["backup_worst"] = backup_value(task, held_out)
-        runs = [oracle_value(task, held_out, arguments.steps, seed) for seed in range(arguments.restarts)]
+        entry["backup"], entry["backup_worst"] = backup_value(task)
+        runs = [oracle_value(task, arguments.steps, seed) for seed in range(arguments.restarts)]
         entry["oracle"], entry["oracle_worst"] = min(run for run in runs if run[1] <= 0)
         if task_id == "scpo_bench/DoubleIntegratorRegulation-v0":
-            entry["mpc"], entry["mpc_worst"] = mpc_value(task, held_out)
+            entry["mpc"], entry["mpc_worst"] = mpc_value(task)
         tasks[task_id] = entry
         print(task_id, entry, flush=True)
     command = f"python -m scpo_bench.oracle --steps {arguments.steps} --restarts {arguments.restarts}"

@@ -162,11 +162,6 @@ class Evaluator:
         objective = float(np.mean(losses)) if losses else None
         return Evaluation(float(np.mean(returns)), float(np.mean(costs)), worst, objective)
 
-    def native_starts(self) -> Any:
-        """The held-out start observations [episodes, obs_dim] of a task with a native vector environment."""
-        assert self._native is not None
-        return self._native.vector_env.reset(seed=self._seeds[0])[0]
-
     def close(self) -> None:
         for env in (self._native, self._env):
             if env is not None:
