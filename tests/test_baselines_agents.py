@@ -191,6 +191,16 @@ def test_discrete_actions_on_policy():
         make(CVPO, MdpVecEnv(TwoState(discrete=True), 5))
 
 
+def test_float64_spaces():
+    """Safety-Gymnasium's spaces are float64; networks and buffers are float32, and the two must meet."""
+    mdp = Speed()
+    mdp.observation_space = gym.spaces.Box(-2.0, 2.0, (1,), np.float64)
+    mdp.action_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float64)
+    for agent_class in AGENTS:
+        agent = make(agent_class, MdpVecEnv(mdp, 5)).learn(STEPS[agent_class] // 2)
+        assert np.isfinite(agent.predict(np.zeros((1, 1)), deterministic=True)[0]).all()
+
+
 # ---- errors ---------------------------------------------------------------------------------------------------------
 
 
