@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from gymnasium import spaces
@@ -13,6 +13,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.vec_env import VecEnv
+from threadpoolctl import threadpool_limits
 from torch import nn
 
 from scpo_bench.baselines.actors import Actor, actor_of
@@ -201,6 +202,11 @@ class ConstrainedOnPolicy(OnPolicyAlgorithm):
         super().set_random_seed(seed)
         if seed is not None:
             self.rng = np.random.default_rng(seed)
+
+    def learn(self, *args: Any, **kwargs: Any) -> Self:
+        """As SB3's. One BLAS thread: at minibatches of 64 more threads take several times as long."""
+        with threadpool_limits(limits=1):
+            return super().learn(*args, **kwargs)
 
     # ---- collection -------------------------------------------------------------------------------------------------
 

@@ -79,6 +79,18 @@ class CostReplay:
             (gamma ** (last + 1.0) * going).astype(np.float32),
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Rows that nothing was stored in yet are not pickled."""
+        return {**self.__dict__, **{name: getattr(self, name)[: self.stored] for name in FIELDS}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for name in FIELDS:
+            stored = state[name]
+            rows = np.zeros((self.rows, *stored.shape[1:]), stored.dtype)
+            rows[: self.stored] = stored
+            setattr(self, name, rows)
+
     def state_dict(self) -> dict[str, Any]:
         """What is stored, as tensors: SB3's ``save`` writes it beside the networks."""
         arrays = {name: torch.from_numpy(getattr(self, name)[: self.stored].copy()) for name in FIELDS}

@@ -21,6 +21,9 @@ FileOption = Annotated[
     Path | None, typer.Option("--file", help="Suites file [default: ./benchmarks.yaml, else the packaged one].")
 ]
 JobsOption = Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time, one process each.")]
+WorkersOption = Annotated[
+    int, typer.Option(min=1, help="Processes that step the environments of one run; the record is the same.")
+]
 SeedsOption = Annotated[int | None, typer.Option("--seeds", min=1, help="Seeds per agent and task [default: the suite's].")]
 
 
@@ -95,17 +98,18 @@ def run(
     tasks: Annotated[list[str] | None, typer.Option(help="Only these tasks (comma-separated).")] = None,
     seeds: SeedsOption = None,
     jobs: JobsOption = 1,
+    workers: WorkersOption = 1,
     results: ResultsOption = Path("results"),
     file: FileOption = None,
 ) -> None:
-    """Run a suite. Finished runs are kept and not run again."""
+    """Run a suite. Finished runs are kept and not run again; a run that was stopped or killed goes on where it was."""
     from scpo_bench.benchmark import cells, get_suite
 
     chosen = get_suite(_benchmarks(file), suite)
-    _run(cells(chosen, _names(agents), _names(tasks), seeds), suite, results, jobs)
+    _run(cells(chosen, _names(agents), _names(tasks), seeds), suite, results, jobs, workers)
 
 
-def _run(todo: list[Any], suite: str, results: Path, jobs: int) -> None:
+def _run(todo: list[Any], suite: str, results: Path, jobs: int, workers: int = 1) -> None:
     from scpo_bench.launch.local import run_cells
     from scpo_bench.registry import load_agent
 
@@ -113,9 +117,9 @@ def _run(todo: list[Any], suite: str, results: Path, jobs: int) -> None:
     for name in dict.fromkeys(cell.agent for cell in todo if ":" in cell.agent):
         load_agent(name)  # a mistyped module:Class is one error now, not one per run
     try:
-        outcome = run_cells(todo, suite, results, jobs, console)
+        outcome = run_cells(todo, suite, results, jobs, console, workers)
     except KeyboardInterrupt:
-        console.print("interrupted; finished runs are kept, the same command goes on from here")
+        console.print("interrupted; nothing is lost, the same command goes on from here")
         raise typer.Exit(130) from None
     console.print(
         f"{outcome.finished} run, {outcome.skipped} already there, {len(outcome.failed)} failed; records in {results / suite}",

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import functools
+import hashlib
+import inspect
 import os
 import platform
 import subprocess
@@ -20,26 +24,32 @@ import numpy as np
 import torch
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
+from threadpoolctl import threadpool_limits
 
 from scpo_bench import register_tasks
+from scpo_bench.checkpoints import Checkpoint, Checkpointer
 from scpo_bench.policies import AffineBackup, BackupActorCriticPolicy
 from scpo_bench.recorder import Evaluator, RecordingVecEnv, UpdateRecorder
-from scpo_bench.records import Cell, Run, UpdateLog, digest, write_run
+from scpo_bench.records import Cell, RecordError, Run, Update, UpdateLog, digest, read_run, read_updates, write_run
 from scpo_bench.registry import load_agent
 from scpo_bench.vec_env import NativeVecEnv
+from scpo_bench.worker_env import WorkerVecEnv
 
 register_tasks()  # in a process started by the command line, importing the package has not done it
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+Progress = Callable[[int, int], None]
 PACKAGES = ("scpo-bench", "torch", "numpy", "gymnasium", "stable-baselines3", "mujoco", "safety-gymnasium", "scipy")
 
 
-def make_training_env(cell: Cell) -> VecEnv:
-    """The cell's vector environment: native where the task has one, else instances stepped in this process."""
+def make_training_env(cell: Cell, workers: int = 1) -> VecEnv:
+    """The cell's vector environment: native where the task has one, else instances stepped here or in ``workers`` processes."""
     spec = gym.spec(cell.task)
     if spec.vector_entry_point is not None:
         vector_env = gym.make_vec(cell.task, num_envs=cell.num_envs, vectorization_mode="vector_entry_point", **cell.env)
         return NativeVecEnv(vector_env)
-    return DummyVecEnv([functools.partial(gym.make, cell.task, **cell.env) for _ in range(cell.num_envs)])
+    make_envs = [functools.partial(gym.make, cell.task, **cell.env) for _ in range(cell.num_envs)]
+    return WorkerVecEnv(make_envs, workers) if min(workers, cell.num_envs) > 1 else DummyVecEnv(make_envs)  # type: ignore[arg-type]
 
 
 def make_agent(cell: Cell, env: VecEnv) -> Any:
@@ -130,29 +140,44 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def run_cell(cell: Cell, folder: Path, suite: str, progress: Callable[[int, int], None] | None = None) -> Run:
-    """Run one cell into ``folder`` and return its run record, whose status says how it ended.
+@threadpool_limits.wrap(limits=1)  # NumPy's BLAS; torch has a setting of its own
+def run_cell(cell: Cell, folder: Path, suite: str, progress: Progress | None = None, workers: int = 1) -> Run:
+    """Run one cell into ``folder``, from its last checkpoint if it has one, and return its run record, which says how it ended.
 
+    workers: processes that step the environments; the record does not depend on it.
     An agent's or environment's failure is recorded, not raised; KeyboardInterrupt is recorded and raised again.
     """
     torch.set_num_threads(1)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "traceback.txt").unlink(missing_ok=True)
     run = Run(suite=suite, key=cell.key(), cell=cell, status="running", provenance=provenance(), started=_now())
-    write_run(folder, run)
-    log = UpdateLog(folder)
-    recorder: UpdateRecorder | None = None
     status, error = "finished", None
+    recorder: UpdateRecorder | None = None
+    log: UpdateLog | None = None
+    checkpointer: Checkpointer | None = None
     try:
-        env = RecordingVecEnv(make_training_env(cell))
+        agent_class = load_agent(cell.agent)
+        checkpointer = Checkpointer(folder, run.key, {**run.provenance, "agent": _source_digest(agent_class)})
+        checkpoint = checkpointer.load(agent_class)
+        log, done = _open_log(folder, checkpoint)
+        agent = None
+        if checkpoint is not None and done:
+            agent, env, elapsed = checkpoint.agent, checkpoint.env, checkpoint.elapsed_s
+            run = run.model_copy(update={"started": _started(folder) or run.started})
+        else:
+            env, elapsed = RecordingVecEnv(make_training_env(cell, workers)), 0.0
+        write_run(folder, run)
         evaluator = Evaluator(cell.task, cell.env, cell.evaluation_episodes, native=hasattr(env.unwrapped, "vector_env"))
         try:
-            wrapped = VecNormalize(env, norm_reward=False, clip_obs=10.0) if cell.normalize else env
-            agent = make_agent(cell, wrapped)
+            if agent is None:
+                agent = make_agent(cell, VecNormalize(env, norm_reward=False, clip_obs=10.0) if cell.normalize else env)
             run = run.model_copy(update={"resolved_config": resolved_config(agent)})
             write_run(folder, run)
-            recorder = UpdateRecorder(cell, env, evaluator, log, progress)
-            agent.learn(total_timesteps=cell.steps, callback=recorder)
+            recorder = UpdateRecorder(cell, env, evaluator, log, checkpointer, progress, done, elapsed)
+            if done:
+                agent.learn(total_timesteps=cell.steps - agent.num_timesteps, callback=recorder, reset_num_timesteps=False)
+            else:
+                agent.learn(total_timesteps=cell.steps, callback=recorder)
         finally:
             evaluator.close()
             env.close()
@@ -160,13 +185,13 @@ def run_cell(cell: Cell, folder: Path, suite: str, progress: Callable[[int, int]
         status = "interrupted"
         raise
     except Exception as failure:
-        status, error = "failed", f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
-        (folder / "traceback.txt").write_text(traceback.format_exc())
+        full = isinstance(failure, OSError) and failure.errno in NO_SPACE
+        status, error = "interrupted" if full else "failed", _one_line(failure)
+        with contextlib.suppress(OSError):
+            (folder / "traceback.txt").write_text(traceback.format_exc())
     finally:
         updates = recorder.updates if recorder else []
-        if status == "finished":
-            log.compress()
-        else:
+        if log is not None:
             log.close()
         run = run.model_copy(
             update={
@@ -177,8 +202,44 @@ def run_cell(cell: Cell, folder: Path, suite: str, progress: Callable[[int, int]
                 "ended": _now(),
             }
         )
-        write_run(folder, run)
+        with contextlib.suppress(OSError) if error else contextlib.nullcontext():
+            if log is not None and status == "finished":
+                log.compress()
+            write_run(folder, run)
+        if checkpointer is not None and status in ("finished", "failed"):
+            checkpointer.discard()
     return run
+
+
+def _open_log(folder: Path, checkpoint: Checkpoint | None) -> tuple[UpdateLog, list[Update]]:
+    """The run's log, and the updates that stand in it: up to the checkpoint, or none."""
+    if checkpoint is not None:
+        with contextlib.suppress(RecordError):
+            log = UpdateLog(folder, checkpoint.mark)
+            return log, read_updates(folder)
+    return UpdateLog(folder), []
+
+
+def _started(folder: Path) -> str | None:
+    """When the run that goes on was begun."""
+    try:
+        return read_run(folder).started
+    except RecordError:
+        return None
+
+
+def _source_digest(agent_class: type[Any]) -> str | None:
+    """SHA-256 of the file that defines the agent: a run does not go on with code that it was not begun with."""
+    with contextlib.suppress(OSError, TypeError):
+        return hashlib.sha256(Path(inspect.getfile(agent_class)).read_bytes()).hexdigest()
+    return None
+
+
+def _one_line(failure: Exception) -> str:
+    text = str(failure).splitlines()[0] if str(failure) else ""
+    if isinstance(failure, OSError) and failure.errno in NO_SPACE:
+        return f"{failure.strerror}; free some and give the same command again: the run goes on from its last checkpoint"
+    return f"{type(failure).__name__}: {text}"
 
 
 def describe_environment() -> list[tuple[str, str, str]]:

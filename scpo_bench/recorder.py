@@ -6,8 +6,9 @@ callback, writes one line per update. The agent reports nothing about its own sa
 
 from __future__ import annotations
 
+import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 
 from scpo_bench.baselines.costs import check_transition
+from scpo_bench.checkpoints import Checkpointer
 from scpo_bench.records import Cell, Update, UpdateLog
 from scpo_bench.scpo.rollouts import ProbeMeter
 from scpo_bench.vec_env import NativeVecEnv
@@ -75,6 +77,14 @@ class RecordingVecEnv(VecEnvWrapper):
             seen.costs.append(float(self._cost_N[i]))
             self._return_N[i] = self._cost_N[i] = 0.0
         return observations, rewards, dones, infos
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            name: value for name, value in self.__dict__.items() if name != "class_attributes"
+        }  # SB3's; holds the class itself
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, class_attributes=dict(inspect.getmembers(type(self))))
 
     def take(self) -> Collection:
         """What was seen since the last call."""
@@ -171,7 +181,8 @@ class Evaluator:
 class UpdateRecorder(BaseCallback):
     """Writes an :class:`Update` whenever the policy has changed: at the start of the next data collection, and at the end.
 
-    progress: called with (interaction steps, updates) now and then.
+    log, updates, elapsed_s: of a run that goes on, what it has written so far and the seconds it took. checkpointer: told after every
+    update. progress: called with (interaction steps, updates) now and then.
     """
 
     def __init__(
@@ -180,18 +191,23 @@ class UpdateRecorder(BaseCallback):
         env: RecordingVecEnv,
         evaluator: Evaluator,
         log: UpdateLog,
+        checkpointer: Checkpointer,
         progress: Callable[[int, int], None] | None = None,
+        updates: Sequence[Update] = (),
+        elapsed_s: float = 0.0,
     ) -> None:
         super().__init__()
         self._cell, self._recording, self._evaluator, self._log = cell, env, evaluator, log
-        self._progress = progress
-        self.updates: list[Update] = []
+        self._checkpointer, self._progress = checkpointer, progress
+        self.updates = list(updates)
         self._collected = False
-        self._began = self._last_shown = time.perf_counter()
+        self._last_shown = time.perf_counter()
+        self._began = self._last_shown - elapsed_s
 
     def _on_rollout_start(self) -> None:
         if not self.updates or self._collected:
             self._write(final=False)
+            self._checkpointer.save(self.model, self._recording, self._log, time.perf_counter() - self._began)
 
     def _on_rollout_end(self) -> None:
         self._collected = True

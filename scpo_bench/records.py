@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ MAX_UPDATES = 1_000_000
 MAX_FILE_BYTES = 500_000_000
 
 RUN_FILE, UPDATES_FILE, COMPRESSED_UPDATES_FILE = "run.json", "updates.jsonl", "updates.jsonl.gz"
+CHECKPOINT_FILE = "checkpoint"  # of a run in progress; no part of its record
 
 
 class RecordError(ValueError):
@@ -160,17 +162,48 @@ def write_run(folder: Path, run: Run) -> None:
     write_atomically(folder / RUN_FILE, json.dumps(run.model_dump(mode="json"), indent=1, allow_nan=False).encode() + b"\n")
 
 
-class UpdateLog:
-    """Appends updates to updates.jsonl, flushing each line, and compresses the file at the end."""
+@dataclass(frozen=True)
+class LogMark:
+    """A place in updates.jsonl: how many bytes stand before it, and their SHA-256."""
 
-    def __init__(self, folder: Path) -> None:
+    bytes: int
+    sha256: str
+
+
+class UpdateLog:
+    """Appends updates to updates.jsonl, each at once, and compresses the file at the end.
+
+    mark: go on from there, dropping what stands behind it. RecordError if the file is not what it was at the mark.
+    """
+
+    def __init__(self, folder: Path, mark: LogMark | None = None) -> None:
         self._folder = folder
+        kept = b"" if mark is None else _stored_lines(folder)[: mark.bytes]
+        self._sha256 = hashlib.sha256(kept)
+        self._bytes = len(kept)
+        if mark is not None and self.place() != mark:
+            raise RecordError(f"{folder / UPDATES_FILE}: is not what it was when the checkpoint was written")
+        if mark is not None:
+            write_atomically(folder / UPDATES_FILE, kept)
         (folder / COMPRESSED_UPDATES_FILE).unlink(missing_ok=True)
-        self._file = open(folder / UPDATES_FILE, "wb")  # noqa: SIM115 - open as long as the run lasts
+        # Unbuffered: what is written is written, and on a full disk nothing is left for close() to fail on.
+        self._file = open(folder / UPDATES_FILE, "ab" if mark else "wb", buffering=0)  # noqa: SIM115 - open as long as the run
 
     def append(self, update: Update) -> None:
-        self._file.write(canonical(update.model_dump(mode="json")) + b"\n")
-        self._file.flush()
+        line = canonical(update.model_dump(mode="json")) + b"\n"
+        left = line
+        while left:  # a disk that is nearly full takes a part, and says so at the next try
+            left = left[self._file.write(left) :]
+        self._sha256.update(line)
+        self._bytes += len(line)
+
+    def place(self) -> LogMark:
+        return LogMark(self._bytes, self._sha256.hexdigest())
+
+    def mark(self) -> LogMark:
+        """The end of the log, as a place that is on the disk even if the power fails now."""
+        os.fsync(self._file.fileno())
+        return self.place()
 
     def close(self) -> None:
         self._file.close()
@@ -181,6 +214,16 @@ class UpdateLog:
         path = self._folder / UPDATES_FILE
         write_atomically(self._folder / COMPRESSED_UPDATES_FILE, gzip.compress(path.read_bytes(), compresslevel=9, mtime=0))
         path.unlink()
+
+
+def _stored_lines(folder: Path) -> bytes:
+    """The updates file as it is, whichever form it has; empty if there is none."""
+    try:
+        if (folder / COMPRESSED_UPDATES_FILE).exists():
+            return gzip.decompress((folder / COMPRESSED_UPDATES_FILE).read_bytes())
+        return (folder / UPDATES_FILE).read_bytes()
+    except (OSError, EOFError, gzip.zlib.error):  # type: ignore[attr-defined]
+        return b""
 
 
 def read_run(folder: Path) -> Run:

@@ -109,7 +109,7 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(tmp_path):
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, out + err
     assert "Traceback" not in err
-    assert "interrupted; finished runs are kept" in out
+    assert "interrupted; nothing is lost" in out
     run_file = next(tmp_path.rglob("run.json"))
     assert '"status": "interrupted"' in run_file.read_text()
 

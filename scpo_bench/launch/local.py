@@ -9,10 +9,12 @@ import multiprocessing
 import os
 import queue
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -68,13 +70,17 @@ def _check_writable(results: Path) -> None:
         raise LaunchError(f"--results: cannot write to '{results}' ({error.strerror})") from None
 
 
-def run_cells(cells: list[Cell], suite: str, results: Path, jobs: int, console: Console) -> Outcome:
-    """Run every cell that is not finished yet, ``jobs`` at a time. LaunchError if the results folder cannot be written."""
+def run_cells(cells: list[Cell], suite: str, results: Path, jobs: int, console: Console, env_workers: int = 1) -> Outcome:
+    """Run every cell that is not finished yet, ``jobs`` at a time. LaunchError if the results folder cannot be written.
+
+    env_workers: processes that step the environments of one run.
+    """
     _check_writable(results)
     todo = [cell for cell in cells if not is_finished(run_folder(results, suite, cell), cell)]
     failed: list[tuple[Cell, str]] = []
     with _bars(console, len(cells), len(cells) - len(todo)) as bars:
-        runs = _run_here(todo, suite, results, bars) if jobs == 1 else _run_in_processes(todo, suite, results, jobs, bars)
+        common = (todo, suite, results, bars, env_workers)
+        runs = _run_here(*common) if jobs == 1 else _run_in_processes(*common, jobs)
         for cell, error in runs:
             if error is not None:
                 if all((cell.agent, cell.task, error) != (c.agent, c.task, e) for c, e in failed):  # not once per seed
@@ -94,14 +100,15 @@ class _Bars:
     def __init__(self, progress: Progress, total: int, done: int) -> None:
         self._progress = progress
         self._all = progress.add_task("cells", total=total, completed=done, detail="")
-        self._cells: dict[str, tuple[TaskID, float]] = {}
+        self._cells: dict[str, tuple[TaskID, float, int]] = {}
 
     def show(self, cell: Cell, steps: int, updates: int) -> None:
         key = _label(cell)
-        if key not in self._cells:
-            self._cells[key] = (self._progress.add_task(key, total=cell.steps, detail=""), time.perf_counter())
-        bar, began = self._cells[key]
-        rate = steps / max(time.perf_counter() - began, 1e-9)
+        bar, began, first = self._cells.get(key) or (self._progress.add_task(key, total=cell.steps, detail=""), 0.0, 0)
+        if first == 0:  # a run that goes on from a checkpoint does not begin at step 0
+            began, first = time.perf_counter(), steps
+        self._cells[key] = (bar, began, first)
+        rate = (steps - first) / max(time.perf_counter() - began, 1e-9)
         self._progress.update(bar, completed=min(steps, cell.steps), detail=f"{updates} updates, {rate:,.0f} steps/s")
 
     def cell_done(self, cell: Cell) -> None:
@@ -138,7 +145,7 @@ def _claimed(cell: Cell, suite: str, results: Path) -> Iterator[bool]:
             yield True
 
 
-def _run_one(cell: Cell, suite: str, results: Path, report: Callable[[int, int], None]) -> str | None:
+def _run_one(cell: Cell, suite: str, results: Path, report: Callable[[int, int], None], env_workers: int) -> str | None:
     """The cell's error, or None. Imports torch and the agents, which the command line has no need of."""
     from scpo_bench.harness import run_cell
 
@@ -147,17 +154,17 @@ def _run_one(cell: Cell, suite: str, results: Path, report: Callable[[int, int],
         return None
     _set_aside(folder, cell)
     report(0, 0)
-    run = run_cell(cell, folder, suite, report)
-    return run.error if run.status == "failed" else None
+    run = run_cell(cell, folder, suite, report, env_workers)
+    return None if run.status == "finished" else run.error
 
 
-def _run_here(cells: list[Cell], suite: str, results: Path, bars: _Bars) -> Iterator[tuple[Cell, str | None]]:
+def _run_here(cells: list[Cell], suite: str, results: Path, bars: _Bars, env_workers: int) -> Iterator[tuple[Cell, str | None]]:
     waiting = deque(cells)
     while waiting:
         cell = waiting.popleft()
         with _claimed(cell, suite, results) as mine:
             if mine:
-                error = _run_one(cell, suite, results, functools.partial(bars.show, cell))
+                error = _run_one(cell, suite, results, functools.partial(bars.show, cell), env_workers)
         if mine:
             yield cell, error
         else:
@@ -165,15 +172,28 @@ def _run_here(cells: list[Cell], suite: str, results: Path, bars: _Bars) -> Iter
             time.sleep(BUSY_WAIT_S)
 
 
-def _worker(todo: Any, messages: Any, suite: str, results: Path) -> None:
+def _worker(todo: Any, messages: Any, suite: str, results: Path, env_workers: int) -> None:
     """Takes cells until there are none. Ctrl-C reaches the parent, which stops the workers by SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: _raise_interrupt())
+    _end_with_parent()
     with contextlib.suppress(KeyboardInterrupt):
-        _take_cells(todo, messages, suite, results)
+        _take_cells(todo, messages, suite, results, env_workers)
 
 
-def _take_cells(todo: Any, messages: Any, suite: str, results: Path) -> None:
+def _end_with_parent() -> None:
+    """A parent that is killed must not leave processes behind that go on writing records: they get SIGTERM."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _take_cells(todo: Any, messages: Any, suite: str, results: Path, env_workers: int) -> None:
     while True:
         try:
             index, cell = todo.get_nowait()
@@ -182,7 +202,7 @@ def _take_cells(todo: Any, messages: Any, suite: str, results: Path) -> None:
         with _claimed(cell, suite, results) as mine:
             if mine:
                 messages.put(("started", index, os.getpid(), 0))
-                error = _run_one(cell, suite, results, functools.partial(_report, messages, index))
+                error = _run_one(cell, suite, results, functools.partial(_report, messages, index), env_workers)
                 messages.put(("done", index, error, 0))
         if not mine:
             todo.put((index, cell))
@@ -197,14 +217,18 @@ def _raise_interrupt() -> None:
     raise KeyboardInterrupt
 
 
-def _run_in_processes(cells: list[Cell], suite: str, results: Path, jobs: int, bars: _Bars) -> Iterator[tuple[Cell, str | None]]:
+def _run_in_processes(
+    cells: list[Cell], suite: str, results: Path, bars: _Bars, env_workers: int, jobs: int
+) -> Iterator[tuple[Cell, str | None]]:
     # A forked child would share torch's thread pools and the parent's generators: start fresh ones.
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
+    manager = SyncManager(ctx=context)
+    manager.start(initializer=_end_with_parent)
+    with manager:
         todo, messages = manager.Queue(), manager.Queue()
         for item in enumerate(cells):
             todo.put(item)
-        arguments = (todo, messages, suite, results)
+        arguments = (todo, messages, suite, results, env_workers)
         workers = [context.Process(target=_worker, args=arguments) for _ in range(min(jobs, len(cells)))]
         for worker in workers:
             worker.start()

@@ -33,6 +33,7 @@ from scpo_bench.leaderboard.consistency import check_bounds, check_record
 from scpo_bench.leaderboard.render import plain_rows, printable
 from scpo_bench.leaderboard.tables import leaderboard, load
 from scpo_bench.records import (
+    CHECKPOINT_FILE,
     COMPRESSED_UPDATES_FILE,
     MAX_LINE_BYTES,
     RUN_FILE,
@@ -173,7 +174,7 @@ def _tree(root: Path, sealed: bool) -> tuple[dict[str, int], list[str]]:
             files[name] = status.st_size
         elif not sealed and path.parent.name == _LOCKS_FOLDER:
             continue
-        elif not sealed and (path.name == _TRACEBACK_FILE or path.suffix in (*_OWN_OUTPUT, _PART_SUFFIX)):
+        elif not sealed and (path.name in (_TRACEBACK_FILE, CHECKPOINT_FILE) or path.suffix in (*_OWN_OUTPUT, _PART_SUFFIX)):
             passed.append(name)
         else:
             raise Refused(f"{name}: no part of a record (those are {', '.join(sorted(RECORD_FILES))}, {MANIFEST_FILE})")

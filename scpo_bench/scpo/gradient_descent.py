@@ -155,7 +155,8 @@ class GradientDescent(BaseAlgorithm):
         progress_bar: bool = False,
     ) -> Self:
         total, callback = self._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
-        self._add_labels(np.asarray(self._last_obs), self._reset_labels(range(self.n_envs)))
+        if reset_num_timesteps or self._observations is None:  # else training goes on: the labels of these observations are in
+            self._add_labels(np.asarray(self._last_obs), self._reset_labels(range(self.n_envs)))
         self.start_training()
         callback.on_training_start(locals(), globals())
         while self.num_timesteps < total:

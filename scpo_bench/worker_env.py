@@ -1,0 +1,241 @@
+"""Environments stepped in several processes at once, as a Stable-Baselines3 VecEnv.
+
+Each process holds several environments: one message per step and process, arrays through shared memory, infos through the pipe.
+What is returned does not depend on the number of processes, and equals SB3's ``DummyVecEnv``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import pickle
+import signal
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+import cloudpickle
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import VecEnv
+
+STEP = b"s"  # the one message that carries nothing else
+
+
+class WorkerError(RuntimeError):
+    """An environment failed in its process; the message ends with the traceback from there."""
+
+
+class WorkerVecEnv(VecEnv):
+    """``WorkerVecEnv([make_env, ...], workers=2)``.
+
+    make_envs: functions without arguments, one per environment; workers: processes, at most one per environment.
+    Raises ValueError unless observations and actions are Box spaces; WorkerError where an environment raises. Pickling it carries
+    the environments along, in the state they are in.
+    """
+
+    def __init__(self, make_envs: Sequence[Callable[[], gym.Env[Any, Any]]], workers: int) -> None:
+        example = make_envs[0]()
+        observation_space, action_space = example.observation_space, example.action_space
+        example.close()
+        if not isinstance(observation_space, spaces.Box) or not isinstance(action_space, spaces.Box):
+            raise ValueError(f"WorkerVecEnv: needs Box observations and actions, got {observation_space}, {action_space}")
+        shares = np.array_split(np.arange(len(make_envs)), min(workers, len(make_envs)))
+        self._shares = [slice(int(share[0]), int(share[-1]) + 1) for share in shares]
+        self._fields = {
+            "actions": (action_space.shape, action_space.dtype),
+            "observations": (observation_space.shape, observation_space.dtype),
+            "rewards": ((), np.dtype(np.float32)),
+            "dones": ((), np.dtype(np.bool_)),
+        }
+        self._start([cloudpickle.dumps(make) for make in make_envs])
+        super().__init__(len(make_envs), observation_space, action_space)
+
+    def _start(self, sources: list[bytes]) -> None:
+        """One process for each share of ``sources``: pickled environments, or functions that make them."""
+        # Not fork: a forked child would share torch's thread pools. Not spawn: it imports the main module, whatever that is.
+        context = multiprocessing.get_context("forkserver")
+        n = len(sources)
+        memory = {
+            name: (context.RawArray("b", max(1, n * int(np.prod(shape)) * dtype.itemsize)), (n, *shape), dtype)
+            for name, (shape, dtype) in self._fields.items()
+        }
+        self._arrays = {name: _view(*of) for name, of in memory.items()}
+        self._pipes: list[Connection] = []
+        self._processes = []
+        self._closed = False
+        for share in self._shares:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, sources[share], memory, share), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def _send(self, worker: int, command: str, argument: Any) -> None:
+        self._pipes[worker].send_bytes(cloudpickle.dumps((command, argument)))
+
+    def _receive(self, worker: int) -> Any:
+        try:
+            ok, value = pickle.loads(self._pipes[worker].recv_bytes())
+        except EOFError:
+            raise WorkerError(f"environments' process {worker} died") from None
+        if not ok:
+            raise WorkerError(value)
+        return value
+
+    def _ask(self, worker: int, command: str, argument: Any) -> Any:
+        self._send(worker, command, argument)
+        return self._receive(worker)
+
+    def _gather(self, command: str, arguments: Sequence[Any]) -> list[Any]:
+        """Send to all processes, then wait for all: a list with one answer per environment."""
+        for worker, argument in enumerate(arguments):
+            self._send(worker, command, argument)
+        return [answer for worker in range(len(self._pipes)) for answer in self._receive(worker)]
+
+    def reset(self) -> Any:
+        arguments = [(self._seeds[share], self._options[share]) for share in self._shares]
+        self.reset_infos = self._gather("reset", arguments)
+        self._reset_seeds()
+        self._reset_options()
+        return self._arrays["observations"].copy()
+
+    def step_async(self, actions: Any) -> None:
+        self._arrays["actions"][:] = actions
+        for pipe in self._pipes:
+            pipe.send_bytes(STEP)
+
+    def step_wait(self) -> Any:
+        infos: list[dict[str, Any]] = []
+        for worker, share in enumerate(self._shares):
+            share_infos, resets = self._receive(worker)
+            infos.extend(share_infos)
+            for i, info in resets.items():
+                self.reset_infos[share.start + i] = info
+        arrays = self._arrays
+        return arrays["observations"].copy(), arrays["rewards"].copy(), arrays["dones"].copy(), infos
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        for pipe in self._pipes:
+            pipe.close()  # the process ends when nobody is left to talk to
+        for process in self._processes:
+            process.join(timeout=5)
+            if process.is_alive():
+                process.terminate()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_pipes", "_processes", "_arrays")}
+        return state | {"sources": self._gather("pickle", [None] * len(self._pipes))}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        sources = state.pop("sources")
+        self.__dict__.update(state)
+        self._start(sources)
+
+    def _of(self, indices: Any) -> list[tuple[int, int]]:
+        """(process, its environment) of each index."""
+        of = [(worker, i - share.start) for worker, share in enumerate(self._shares) for i in range(share.start, share.stop)]
+        return [of[i] for i in self._get_indices(indices)]
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        return [self._ask(worker, "get", (i, attr_name)) for worker, i in self._of(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        for worker, i in self._of(indices):
+            self._ask(worker, "set", (i, attr_name, value))
+
+    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list[Any]:
+        return [self._ask(worker, "call", (i, method_name, args, kwargs)) for worker, i in self._of(indices)]
+
+    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
+        return [self._ask(worker, "wrapped", (i, wrapper_class)) for worker, i in self._of(indices)]
+
+
+def _view(memory: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory as an array."""
+    return np.frombuffer(memory, dtype=dtype, count=int(np.prod(shape))).reshape(shape)
+
+
+class _Group:
+    """The environments of one process, and their rows of the shared arrays."""
+
+    def __init__(self, sources: list[bytes], memory: dict[str, Any], rows: slice) -> None:
+        loaded = [pickle.loads(source) for source in sources]
+        self.envs = [env if isinstance(env, gym.Env) else env() for env in loaded]
+        self.actions, self.observations, self.rewards, self.dones = (
+            _view(*memory[name])[rows] for name in ("actions", "observations", "rewards", "dones")
+        )
+
+    def reset(self, argument: Any) -> list[Any]:
+        infos = []
+        for i, (env, seed, options) in enumerate(zip(self.envs, *argument)):
+            self.observations[i], info = env.reset(seed=seed, **({"options": options} if options else {}))
+            infos.append(info)
+        return infos
+
+    def step(self) -> tuple[list[Any], dict[int, Any]]:
+        """(infos, infos of the resets by environment): an episode's end resets its environment, as in SB3's VecEnvs."""
+        infos, resets = [], {}
+        for i, env in enumerate(self.envs):
+            observation, self.rewards[i], terminated, truncated, info = env.step(self.actions[i])
+            self.dones[i] = terminated or truncated
+            info["TimeLimit.truncated"] = truncated and not terminated
+            if self.dones[i]:
+                info["terminal_observation"] = observation
+                observation, resets[i] = env.reset()
+            self.observations[i] = observation
+            infos.append(info)
+        return infos, resets
+
+    def pickle(self, _: None) -> list[bytes]:
+        return [cloudpickle.dumps(env) for env in self.envs]
+
+    def get(self, argument: Any) -> Any:
+        i, name = argument
+        return self.envs[i].get_wrapper_attr(name)
+
+    def set(self, argument: Any) -> None:
+        i, name, value = argument
+        self.envs[i].set_wrapper_attr(name, value)
+
+    def call(self, argument: Any) -> Any:
+        i, name, args, kwargs = argument
+        return self.envs[i].get_wrapper_attr(name)(*args, **kwargs)
+
+    def wrapped(self, argument: Any) -> bool:
+        i, wrapper_class = argument
+        env: Any = self.envs[i]
+        while isinstance(env, gym.Wrapper):
+            if isinstance(env, wrapper_class):
+                return True
+            env = env.env
+        return False
+
+
+def _serve(pipe: Connection, sources: list[bytes], memory: dict[str, Any], rows: slice) -> None:
+    """A worker process: answers (True, result) or (False, traceback) until the other end is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end closes the pipe
+    group: _Group | None = None
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            message = pipe.recv_bytes()
+            answer: tuple[bool, Any]
+            try:
+                group = group or _Group(sources, memory, rows)
+                if message == STEP:
+                    answer = True, group.step()
+                else:
+                    command, argument = pickle.loads(message)
+                    answer = True, getattr(group, command)(argument)
+            except Exception:
+                answer = False, traceback.format_exc()
+            pipe.send_bytes(cloudpickle.dumps(answer) if message != STEP else pickle.dumps(answer))
+    if group is not None:
+        for env in group.envs:
+            env.close()
