@@ -25,6 +25,7 @@ from scpo_bench.envs.safety_gymnasium_world import CurrentAgent, CurrentTask, mi
 __all__ = ["FastTask", "FastUnseenTask", "PseudoLidar"]
 
 _SENSORS_OFF = int(mujoco.mjtDisableBit.mjDSBL_SENSOR)
+_RK4 = int(mujoco.mjtIntegrator.mjINT_RK4)  # the one that has no second half
 
 
 class PseudoLidar:
@@ -322,6 +323,7 @@ class FastTask(CurrentTask):
 
     def _forget(self: Any) -> None:
         """Something moved: what was derived from positions is out of date."""
+        self._forward_state: bytes | None = None
         self._offsets: np.ndarray | None = None
         self._goal_distance: float | None = None
         self._contacts: list[tuple[int, int, int]] | None = None
@@ -331,6 +333,11 @@ class FastTask(CurrentTask):
         mujoco.mj_forward(self.model, self.data)
         self._needs_forward = False
         self._forget()
+        self._forward_state = self._state()
+
+    def _state(self: Any) -> bytes:
+        """Positions and velocities of the robot and of all that moves freely."""
+        return self.data.qpos.tobytes() + self.data.qvel.tobytes()
 
     def _bind(self: Any) -> None:
         """Look up, once, what the package looks up by name in every step."""
@@ -370,6 +377,10 @@ class FastTask(CurrentTask):
                     self._move_mocaps(data)
                     mujoco.mj_step(model, data)
             elif steps:
+                if model.opt.integrator != _RK4 and self._forward_state == self._state():
+                    # The last step's forward pass was the first half of this one: only the controls are new.
+                    mujoco.mj_step2(model, data)
+                    steps -= 1
                 mujoco.mj_step(model, data, steps)
         finally:
             model.opt.disableflags = flags
