@@ -22,6 +22,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
+from gymnasium.spaces import Box
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 from threadpoolctl import threadpool_limits
@@ -43,13 +44,15 @@ PACKAGES = ("scpo-bench", "torch", "numpy", "gymnasium", "stable-baselines3", "m
 
 
 def make_training_env(cell: Cell, workers: int = 1) -> VecEnv:
-    """The cell's vector environment: native where the task has one, else instances stepped here or in ``workers`` processes."""
+    """The cell's vector environment: native where the task has one, else instances stepped in ``workers`` processes."""
     spec = gym.spec(cell.task)
     if spec.vector_entry_point is not None:
         vector_env = gym.make_vec(cell.task, num_envs=cell.num_envs, vectorization_mode="vector_entry_point", **cell.env)
         return NativeVecEnv(vector_env)
     make_envs = [functools.partial(gym.make, cell.task, **cell.env) for _ in range(cell.num_envs)]
-    return WorkerVecEnv(make_envs, workers) if min(workers, cell.num_envs) > 1 else DummyVecEnv(make_envs)  # type: ignore[arg-type]
+    with contextlib.closing(make_envs[0]()) as example:
+        boxes = isinstance(example.observation_space, Box) and isinstance(example.action_space, Box)
+    return WorkerVecEnv(make_envs, workers) if boxes else DummyVecEnv(make_envs)  # type: ignore[arg-type]
 
 
 def make_agent(cell: Cell, env: VecEnv) -> Any:

@@ -23,6 +23,7 @@ from scpo_bench.records import Cell, Update, UpdateLog
 from scpo_bench.scpo.rollouts import ProbeMeter
 from scpo_bench.vec_env import NativeVecEnv
 
+EPISODES_AT_ONCE = 16  # of evaluation: environments held in memory for it
 HELD_OUT_ENTROPY = 20_251_213  # root of the evaluation seeds, which no cell's seed leads to
 
 
@@ -118,18 +119,18 @@ class Evaluator:
     def __init__(self, task: str, env_kwargs: dict[str, Any], episodes: int, native: bool) -> None:
         sequence = np.random.SeedSequence(HELD_OUT_ENTROPY)
         self._native: NativeVecEnv | None = None
-        self._env: gym.Env[Any, Any] | None = None
+        self._envs: list[gym.Env[Any, Any]] = []
         if native:
             vector_env = gym.make_vec(task, num_envs=episodes, vectorization_mode="vector_entry_point", **env_kwargs)
             self._native = NativeVecEnv(vector_env)
             self._seeds = [int(sequence.generate_state(1)[0])]
         else:
-            self._env = gym.make(task, **env_kwargs)
+            self._envs = [gym.make(task, **env_kwargs) for _ in range(min(episodes, EPISODES_AT_ONCE))]
             self._seeds = [int(s) for s in sequence.generate_state(episodes)]
 
     def __call__(self, predict: Callable[[Any], Any]) -> Evaluation:
         """predict: observations [n, ...] -> actions [n, ...]."""
-        return self._evaluate_native(predict) if self._native else self._evaluate_scalar(predict)
+        return self._evaluate_native(predict) if self._native else self._evaluate_stepped(predict)
 
     def _evaluate_native(self, predict: Callable[[Any], Any]) -> Evaluation:
         assert self._native is not None
@@ -151,29 +152,36 @@ class Evaluator:
         losses = np.concatenate(objective) if objective else np.zeros(0)
         return Evaluation(float(returns.mean()), float(costs.mean()), worst, float(losses.mean()) if len(losses) else None)
 
-    def _evaluate_scalar(self, predict: Callable[[Any], Any]) -> Evaluation:
-        assert self._env is not None
-        returns, costs, losses = [], [], []
+    def _evaluate_stepped(self, predict: Callable[[Any], Any]) -> Evaluation:
+        """Several episodes side by side, so that one prediction serves them all."""
+        n = len(self._seeds)
+        returns, costs = np.zeros(n), np.zeros(n)
+        losses: list[list[float]] = [[] for _ in range(n)]
         worst: float | None = None
-        for seed in self._seeds:
-            observation, _ = self._env.reset(seed=seed)
-            total = cost = 0.0
-            done = False
-            while not done:
-                action = predict(np.asarray(observation)[None])[0]
-                observation, reward, terminated, truncated, info = self._env.step(action)
-                total, cost, done = total + float(reward), cost + float(info["cost"]), terminated or truncated
-                if "constraint_values" in info:
-                    worst = max(-np.inf if worst is None else worst, float(np.max(info["constraint_values"])))
-                if "objective_loss" in info:
-                    losses.append(info["objective_loss"])
-            returns.append(total)
-            costs.append(cost)
-        objective = float(np.mean(losses)) if losses else None
-        return Evaluation(float(np.mean(returns)), float(np.mean(costs)), worst, objective)
+        for first in range(0, n, len(self._envs)):
+            group = range(first, min(first + len(self._envs), n))
+            observations = np.stack([env.reset(seed=self._seeds[i])[0] for i, env in zip(group, self._envs)])
+            going = set(group)
+            while going:
+                # An episode that has ended keeps its row: an action must not depend, by rounding, on who else is still going.
+                actions = predict(observations)
+                for i in sorted(going):
+                    observation, reward, terminated, truncated, info = self._envs[i - first].step(actions[i - first])
+                    observations[i - first] = observation
+                    returns[i] += float(reward)
+                    costs[i] += float(info["cost"])
+                    if "constraint_values" in info:
+                        worst = max(-np.inf if worst is None else worst, float(np.max(info["constraint_values"])))
+                    if "objective_loss" in info:
+                        losses[i].append(info["objective_loss"])
+                    if terminated or truncated:
+                        going.remove(i)
+        counted = [loss for episode in losses for loss in episode]
+        objective = float(np.mean(counted)) if counted else None
+        return Evaluation(float(returns.mean()), float(costs.mean()), worst, objective)
 
     def close(self) -> None:
-        for env in (self._native, self._env):
+        for env in [self._native, *self._envs]:
             if env is not None:
                 env.close()
 

@@ -1,7 +1,8 @@
 """Environments stepped in several processes at once, as a Stable-Baselines3 VecEnv.
 
-Each process holds several environments: one message per step and process, arrays through shared memory, infos through the pipe.
-What is returned does not depend on the number of processes, and equals SB3's ``DummyVecEnv``.
+Each process holds several environments: one message per step and process, arrays through shared memory, infos through the pipe. This
+process is one of them: it steps its own share while it would otherwise wait. What is returned does not depend on the number of
+processes, and equals SB3's ``DummyVecEnv``.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import pickle
+import select
 import signal
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
@@ -22,6 +25,29 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
 STEP = b"s"  # the one message that carries nothing else
+SPIN_S = 5e-4  # how long a process looks out for a message before it sleeps: waking up costs more than a short wait
+
+
+class _Line:
+    """One end of a pipe."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe = pipe
+        self._poll = select.poll()
+        self._poll.register(pipe.fileno(), select.POLLIN)
+
+    def send(self, message: bytes) -> None:
+        self._pipe.send_bytes(message)
+
+    def receive(self) -> bytes:
+        """The next message. EOFError when the other end is closed."""
+        until = time.perf_counter() + SPIN_S
+        while not self._poll.poll(0) and time.perf_counter() < until:
+            pass
+        return self._pipe.recv_bytes()
+
+    def close(self) -> None:
+        self._pipe.close()
 
 
 class WorkerError(RuntimeError):
@@ -31,7 +57,7 @@ class WorkerError(RuntimeError):
 class WorkerVecEnv(VecEnv):
     """``WorkerVecEnv([make_env, ...], workers=2)``.
 
-    make_envs: functions without arguments, one per environment; workers: processes, at most one per environment.
+    make_envs: functions without arguments, one per environment; workers: processes, this one among them, at most one per environment.
     Raises ValueError unless observations and actions are Box spaces; WorkerError where an environment raises. Pickling it carries
     the environments along, in the state they are in.
     """
@@ -63,23 +89,25 @@ class WorkerVecEnv(VecEnv):
             for name, (shape, dtype) in self._fields.items()
         }
         self._arrays = {name: _view(*of) for name, of in memory.items()}
-        self._pipes: list[Connection] = []
+        here, *elsewhere = self._shares
+        self._group = _Group(sources[here], memory, here)
+        self._lines: list[_Line] = []
         self._processes = []
-        self._closed = False
-        for share in self._shares:
+        for share in elsewhere:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, sources[share], memory, share), daemon=True)
             process.start()
             theirs.close()
-            self._pipes.append(ours)
+            self._lines.append(_Line(ours))
             self._processes.append(process)
 
     def _send(self, worker: int, command: str, argument: Any) -> None:
-        self._pipes[worker].send_bytes(cloudpickle.dumps((command, argument)))
+        """worker: 1 is the first process that is not this one."""
+        self._lines[worker - 1].send(cloudpickle.dumps((command, argument)))
 
     def _receive(self, worker: int) -> Any:
         try:
-            ok, value = pickle.loads(self._pipes[worker].recv_bytes())
+            ok, value = pickle.loads(self._lines[worker - 1].receive())
         except EOFError:
             raise WorkerError(f"environments' process {worker} died") from None
         if not ok:
@@ -87,14 +115,17 @@ class WorkerVecEnv(VecEnv):
         return value
 
     def _ask(self, worker: int, command: str, argument: Any) -> Any:
+        if worker == 0:
+            return getattr(self._group, command)(argument)
         self._send(worker, command, argument)
         return self._receive(worker)
 
     def _gather(self, command: str, arguments: Sequence[Any]) -> list[Any]:
-        """Send to all processes, then wait for all: a list with one answer per environment."""
-        for worker, argument in enumerate(arguments):
+        """Ask all processes at once: a list with one answer per environment."""
+        for worker, argument in enumerate(arguments[1:], start=1):
             self._send(worker, command, argument)
-        return [answer for worker in range(len(self._pipes)) for answer in self._receive(worker)]
+        answers = getattr(self._group, command)(arguments[0])
+        return [*answers, *(answer for worker in range(1, len(arguments)) for answer in self._receive(worker))]
 
     def reset(self) -> Any:
         arguments = [(self._seeds[share], self._options[share]) for share in self._shares]
@@ -105,13 +136,13 @@ class WorkerVecEnv(VecEnv):
 
     def step_async(self, actions: Any) -> None:
         self._arrays["actions"][:] = actions
-        for pipe in self._pipes:
-            pipe.send_bytes(STEP)
+        for line in self._lines:
+            line.send(STEP)
 
     def step_wait(self) -> Any:
         infos: list[dict[str, Any]] = []
         for worker, share in enumerate(self._shares):
-            share_infos, resets = self._receive(worker)
+            share_infos, resets = self._receive(worker) if worker else self._group.step()
             infos.extend(share_infos)
             for i, info in resets.items():
                 self.reset_infos[share.start + i] = info
@@ -119,19 +150,18 @@ class WorkerVecEnv(VecEnv):
         return arrays["observations"].copy(), arrays["rewards"].copy(), arrays["dones"].copy(), infos
 
     def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        for pipe in self._pipes:
-            pipe.close()  # the process ends when nobody is left to talk to
+        for line in self._lines:
+            line.close()  # the process ends when nobody is left to talk to
         for process in self._processes:
             process.join(timeout=5)
             if process.is_alive():
                 process.terminate()
+        self._group.close()
+        self._lines, self._processes = [], []
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {k: v for k, v in self.__dict__.items() if k not in ("_pipes", "_processes", "_arrays")}
-        return state | {"sources": self._gather("pickle", [None] * len(self._pipes))}
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_lines", "_processes", "_arrays", "_group")}
+        return state | {"sources": self._gather("pickle", [None] * len(self._shares))}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         sources = state.pop("sources")
@@ -193,6 +223,11 @@ class _Group:
             infos.append(info)
         return infos, resets
 
+    def close(self) -> None:
+        for env in self.envs:
+            env.close()
+        self.envs = []
+
     def pickle(self, _: None) -> list[bytes]:
         return [cloudpickle.dumps(env) for env in self.envs]
 
@@ -222,9 +257,10 @@ def _serve(pipe: Connection, sources: list[bytes], memory: dict[str, Any], rows:
     """A worker process: answers (True, result) or (False, traceback) until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end closes the pipe
     group: _Group | None = None
+    line = _Line(pipe)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
-            message = pipe.recv_bytes()
+            message = line.receive()
             answer: tuple[bool, Any]
             try:
                 group = group or _Group(sources, memory, rows)
@@ -235,7 +271,6 @@ def _serve(pipe: Connection, sources: list[bytes], memory: dict[str, Any], rows:
                     answer = True, getattr(group, command)(argument)
             except Exception:
                 answer = False, traceback.format_exc()
-            pipe.send_bytes(cloudpickle.dumps(answer) if message != STEP else pickle.dumps(answer))
+            line.send(cloudpickle.dumps(answer) if message != STEP else pickle.dumps(answer))
     if group is not None:
-        for env in group.envs:
-            env.close()
+        group.close()

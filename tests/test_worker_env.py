@@ -1,0 +1,134 @@
+"""Environments in several processes: the same numbers as in one, and errors that arrive."""
+
+import functools
+import multiprocessing
+import pickle
+import time
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+import scpo_bench  # noqa: F401 - registers the tasks
+from scpo_bench.harness import run_cell
+from scpo_bench.records import Cell
+from scpo_bench.worker_env import WorkerError, WorkerVecEnv
+
+MAKE = functools.partial(gym.make, "scpo_bench/DoubleIntegratorRegulation-v0")
+
+
+class Fragile(gym.Env):
+    """Fails in its third step."""
+
+    observation_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+    steps = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        if self.steps == 3:
+            raise ArithmeticError("the third step")
+        return np.zeros(1, np.float32), 0.0, False, False, {"cost": 0.0}
+
+
+def roll(env, steps, seed=0):
+    """Everything that random actions get back."""
+    rng = np.random.default_rng(seed)
+    seen = []
+    for _ in range(steps):
+        actions = rng.uniform(-2, 2, (env.num_envs, *env.action_space.shape)).astype(np.float32)
+        observations, rewards, dones, infos = env.step(np.clip(actions, env.action_space.low, env.action_space.high))
+        terminal = [info["terminal_observation"] for info in infos if "terminal_observation" in info]
+        limits = [info["TimeLimit.truncated"] for info in infos]
+        seen += [observations, rewards, dones, [info["cost"] for info in infos], limits, *terminal]
+    return seen
+
+
+def assert_equal(one, other):
+    assert len(one) == len(other)
+    for a, b in zip(one, other):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_equals_dummy_vec_env(workers):
+    """Observations, rewards, ends, costs and terminal observations over two episodes, and the infos of resets."""
+    ours, theirs = WorkerVecEnv([MAKE] * 3, workers), DummyVecEnv([MAKE] * 3)
+    for env in (ours, theirs):
+        env.seed(5)
+    np.testing.assert_array_equal(ours.reset(), theirs.reset())
+    assert_equal(roll(ours, 90), roll(theirs, 90))
+    assert [sorted(info) for info in ours.reset_infos] == [sorted(info) for info in theirs.reset_infos]
+    assert ours.get_attr("spec")[2].id == theirs.get_attr("spec")[2].id
+    assert ours.env_is_wrapped(gym.wrappers.OrderEnforcing) == theirs.env_is_wrapped(gym.wrappers.OrderEnforcing)
+    ours.close()
+
+
+def test_pickled_in_mid_episode_goes_on_identically():
+    """What a checkpoint does: the copy, in new processes, continues as the original does."""
+    env = WorkerVecEnv([MAKE] * 3, 2)
+    env.seed(5)
+    env.reset()
+    roll(env, 17)
+    copy = pickle.loads(pickle.dumps(env))
+    assert_equal(roll(env, 60, seed=1), roll(copy, 60, seed=1))
+    env.close()
+    copy.close()
+
+
+def test_an_environments_failure_arrives_with_its_traceback():
+    """A failure in another process names the error and where it happened; closing still works."""
+    env = WorkerVecEnv([Steady, Fragile], 2)
+    env.reset()
+    still = np.zeros((2, 1), np.float32)
+    env.step(still)
+    env.step(still)
+    with pytest.raises(WorkerError, match=r"in step\n(.*\n)*ArithmeticError: the third step"):
+        env.step(still)
+    env.close()
+    env.close()
+
+
+class Steady(Fragile):
+    """Never fails."""
+
+    steps = 10
+
+
+def test_processes_end_with_the_environment():
+    """close() leaves nobody behind, nor does forgetting to call it: the pipe's end tells."""
+    before = {p.pid for p in multiprocessing.active_children()}
+    env = WorkerVecEnv([MAKE] * 2, 2)
+    env.reset()
+    assert len({p.pid for p in multiprocessing.active_children()} - before) == 1
+    env.close()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and {p.pid for p in multiprocessing.active_children()} - before:
+        time.sleep(0.05)
+    assert not {p.pid for p in multiprocessing.active_children()} - before
+
+
+def test_image_observations_are_refused_with_the_reason():
+    """Shared memory is for arrays of one shape."""
+
+    class Worded(Steady):
+        observation_space = gym.spaces.Dict({"a": gym.spaces.Box(-1, 1)})
+
+    with pytest.raises(ValueError, match="needs Box observations and actions, got Dict"):
+        WorkerVecEnv([Worded], 1)
+
+
+def test_record_does_not_depend_on_the_number_of_processes(tmp_path):
+    """The harness, on a task of Safety-Gymnasium: equal digests with one process and with two."""
+    cell = Cell(
+        agent="cpo", task="SafetyPointGoal1-v0", seed=1, steps=1200, num_envs=4, cost_limit=25.0, normalize=True,
+        evaluation_episodes=2, config={"steps_per_update": 400},
+    )  # fmt: skip
+    runs = [run_cell(cell, tmp_path / str(workers), "s", workers=workers) for workers in (1, 2)]
+    assert [run.status for run in runs] == ["finished", "finished"]
+    assert runs[0].digest == runs[1].digest
