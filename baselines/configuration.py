@@ -36,3 +36,12 @@ def require(config: Any, name: str, *, low: float | None = None, high: float | N
     for words, bound, holds in bounds:
         if not holds:
             raise ValueError(f"{type(config).__name__}.{name}: must be {words} {bound}, got {value!r}")
+
+
+def require_choice(config: Any, name: str, choices: tuple[str, ...], value: Any = None) -> None:
+    """Raise ValueError, naming the nearest choice, unless ``config.name`` (or ``value``, an element of it) is one of ``choices``."""
+    value = getattr(config, name) if value is None else value
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise ValueError(f"{type(config).__name__}.{name}: expected one of {', '.join(choices)}, got {value!r}{hint}")

@@ -79,6 +79,11 @@ class WorkerVecEnv(VecEnv):
         self._start([cloudpickle.dumps(make) for make in make_envs])
         super().__init__(len(make_envs), observation_space, action_space)
 
+    @property
+    def workers(self) -> int:
+        """Processes that step environments, this one among them."""
+        return len(self._shares)
+
     def _start(self, sources: list[bytes]) -> None:
         """One process for each share of ``sources``: pickled environments, or functions that make them."""
         # Not fork: a forked child would share torch's thread pools. Not spawn: it imports the main module, whatever that is.

@@ -48,7 +48,7 @@ def certified_steps(d: int, steps: int, factor: float, seed: int, central: bool 
             x = np.zeros(d)
             here = g(x[None])[0]
         proposal = rng.normal(size=d)
-        basis = probe_basis(proposal, memory.candidates(x), min(8, d), rng)
+        basis = probe_basis(proposal, memory.candidates(x, ("normals", "momentum", "start"), ()), min(8, d), rng)
         plus, minus = g(x + RHO * basis.T), g(x - RHO * basis.T)
         slopes = (plus - minus).T / (2 * RHO) if central else (plus - here).T / RHO
         L = g.L * factor

@@ -82,14 +82,14 @@ def test_understated_smoothness_breaches_are_recorded_and_verified_mode_stays_sa
     certified = make(mode="certified", **settings)
     unsafe = WorstOfHeldOut(IMITATION)
     certified.learn(PER_UPDATE * 20, unsafe)
-    assert certified.breaches > 0
-    assert certified.recoveries > 0
+    assert certified.guard.breaches > 0
+    assert certified.guard.recoveries > 0
     assert max(unsafe.worst) > 0
     assert unsafe.worst[-1] <= 0 or unsafe.worst[-2] <= 0  # an unsafe policy is not kept
     verified = make(mode="verified", **settings)
     watch = WorstOfHeldOut(IMITATION)
     verified.learn(PER_UPDATE * 20, watch)
-    assert verified.breaches > 0
+    assert verified.guard.breaches > 0
     assert max(watch.worst) <= 0
 
 
@@ -178,7 +178,7 @@ def test_save_and_load_restore_the_learner(tmp_path, agent_class, optimizer):
     loaded.train()
     assert (agent.w == loaded.w).all()
     if agent_class is SCPO:
-        assert (agent._g == loaded._g).all()
+        assert (agent.guard.g == loaded.guard.g).all()
 
 
 def test_works_as_any_sb3_algorithm():

@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import queue
 import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from scpo_bench.benchmark import run_folder
+from scpo_bench.processes import end_with_parent
 from scpo_bench.records import Cell, RecordError, read_run
 
 BUSY_WAIT_S = 0.5  # between two looks at a cell that another process is running
@@ -176,21 +176,9 @@ def _worker(todo: Any, messages: Any, suite: str, results: Path, env_workers: in
     """Takes cells until there are none. Ctrl-C reaches the parent, which stops the workers by SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: _raise_interrupt())
-    _end_with_parent()
+    end_with_parent()
     with contextlib.suppress(KeyboardInterrupt):
         _take_cells(todo, messages, suite, results, env_workers)
-
-
-def _end_with_parent() -> None:
-    """A parent that is killed must not leave processes behind that go on writing records: they get SIGTERM."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 def _take_cells(todo: Any, messages: Any, suite: str, results: Path, env_workers: int) -> None:
@@ -223,7 +211,7 @@ def _run_in_processes(
     # A forked child would share torch's thread pools and the parent's generators: start fresh ones.
     context = multiprocessing.get_context("spawn")
     manager = SyncManager(ctx=context)
-    manager.start(initializer=_end_with_parent)
+    manager.start(initializer=end_with_parent)
     with manager:
         todo, messages = manager.Queue(), manager.Queue()
         for item in enumerate(cells):

@@ -6,7 +6,6 @@ propose a change of the parameters, deploy it.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, get_args
 
@@ -16,7 +15,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import nn
 
-from scpo_bench.baselines.configuration import require, resolve_config
+from scpo_bench.baselines.configuration import require, require_choice, resolve_config
 from scpo_bench.policies import AffineBackup, BackupActorCriticPolicy
 from scpo_bench.scpo.parameters import ParameterSpace, SpaceName, make_space
 from scpo_bench.scpo.projection import Floats
@@ -59,15 +58,6 @@ class GradientDescentConfig:
             raise ValueError(
                 f"{type(self).__name__}.optimizer: expected a class of torch.optim such as 'SGD', got {self.optimizer!r}"
             )
-
-
-def require_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
-    """Raise ValueError, naming the nearest choice, unless ``config.name`` is one of ``choices``."""
-    value = getattr(config, name)
-    if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise ValueError(f"{type(config).__name__}.{name}: expected one of {', '.join(choices)}, got {value!r}{hint}")
 
 
 class GradientDescent(BaseAlgorithm):

@@ -6,11 +6,15 @@ normal, and then shrinking is the only way to stay safe; so a memory of normals 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from scpo_bench.scpo.projection import Floats
+
+Candidate = Literal["normals", "momentum", "start", "cost"]
 
 DECAY = 0.9  # of the running estimate of each constraint's normal, and of the momentum
 
@@ -32,9 +36,15 @@ class DirectionMemory:
         old = self.normals - (self.normals @ basis) @ basis.T
         return DirectionMemory(DECAY * old + slopes @ basis.T, DECAY * self.momentum + basis @ step)
 
-    def candidates(self, parameters: Floats) -> list[Floats]:
-        """Directions worth probing, best first: constraint normals, momentum, the way back to the start (w = 0)."""
-        return [*self.normals, self.momentum, -parameters]
+    def candidates(self, w: Floats, kinds: Sequence[Candidate], cost_gradients: Sequence[Floats]) -> list[Floats]:
+        """Directions worth probing, best first. w: [d], zero at the start policy; cost_gradients: each [d]."""
+        of: dict[Candidate, Sequence[Floats]] = {
+            "normals": self.normals,  # type: ignore[dict-item] - rows
+            "momentum": [self.momentum],
+            "start": [-w],
+            "cost": cost_gradients,
+        }
+        return [direction for kind in kinds for direction in of[kind]]
 
 
 def probe_basis(proposal: Floats, candidates: list[Floats], count: int, rng: np.random.Generator) -> Floats:

@@ -6,6 +6,7 @@ constraint values: a smooth upper bound on their maximum, so g_i <= 0 implies th
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,7 +69,20 @@ class BatchedEvaluator:
         return torch.logsumexp(self.sharpness * values, dim=-1) / self.sharpness
 
 
-def describe_unsafe(names: tuple[str, ...], g: Floats) -> str:
-    """One line that names the worst constraint and its value."""
-    worst = int(np.argmax(g))
-    return f"constraint '{names[worst]}' has value {g[worst]:.4g} > 0"
+class NoisyRollouts:
+    """Rollouts of a batched task whose constraint values are measured with normal noise: y = g(w) + ``std`` e, e ~ N(0, 1) per stream.
+
+    Every stream is a rollout from all start states, and charged as one.
+    """
+
+    def __init__(self, evaluate: Callable[[Floats], Floats], std: float, seed: int, evaluator: BatchedEvaluator) -> None:
+        self._evaluate, self._std, self._seed, self._evaluator = evaluate, std, seed, evaluator
+
+    def __call__(self, w: Floats, streams: Sequence[int]) -> Floats:
+        """y [M, n, k] for policies w [M, d] and n streams."""
+        meter, k = self._evaluator.meter, len(self._evaluator.names)
+        before = meter.steps
+        g = self._evaluate(w)
+        meter.steps += (meter.steps - before) * (len(streams) - 1)
+        noise = np.stack([np.random.default_rng([self._seed, stream]).normal(size=k) for stream in streams])
+        return g[:, None] + self._std * noise
