@@ -37,6 +37,8 @@ class TaskEntry(_Strict):
     """Default: the task's own."""
     start: Literal["backup", "random"] | None = None
     """Default: the suite's."""
+    seeds: int | None = Field(None, ge=1)
+    """Default: the suite's."""
     normalize: bool = False
     env: dict[str, Any] = {}
     config: dict[str, dict[str, Any]] = {}
@@ -172,7 +174,7 @@ def cells(suite: Suite, agents: list[str] | None = None, tasks: list[str] | None
             continue
         wanted = entry.agents if not agents else [a for a in agents if a in entry.agents or a not in listed]
         for agent in wanted:
-            found += [_cell(suite, entry, agent, seed) for seed in range(seeds or suite.seeds)]
+            found += [_cell(suite, entry, agent, seed) for seed in range(seeds or entry.seeds or suite.seeds)]
     if not found:
         raise BenchmarkError(f"nothing to run: none of {', '.join(agents or [])} runs on the chosen tasks")
     return found

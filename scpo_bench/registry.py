@@ -42,6 +42,7 @@ _AGENTS = {
     spec.name: spec
     for spec in (
         AgentSpec("scpo", "scpo_bench.scpo.agent:SCPO", "safe by certificate: every update projected", True, True),
+        AgentSpec("scpo-ppo", "scpo_bench.scpo.around:ProjectedPPO", "SCPO with PPO's changes as proposals: any task with costs"),
         AgentSpec("sgd", "scpo_bench.scpo.gradient_descent:GradientDescent", "SCPO's proposals, unprojected", True),
         AgentSpec("ppo", "stable_baselines3:PPO", "unconstrained reference (Stable-Baselines3)"),
         AgentSpec("ppo-lagrangian", "scpo_bench.baselines.ppo_lagrangian:PPOLagrangian", "PPO with learned multipliers"),
@@ -96,6 +97,8 @@ def agent_spec(name: str) -> AgentSpec:
         return known[name]
     if ":" in name:
         return AgentSpec(name, name, "third party")
+    if name.endswith(".py"):
+        raise UnknownNameError(f"agent '{name}': which class in it? expected {name}:Class")
     raise UnknownNameError(f"unknown agent '{name}'{nearest(name, list(known))}")
 
 
@@ -114,8 +117,11 @@ def load_agent(name: str) -> type[Any]:
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UnknownNameError(f"agent '{name}': cannot import '{module_name}' ({error})") from None
+    except UnknownNameError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever its module does when it is imported
+        what = f"{type(error).__name__}: {error}" if not isinstance(error, ImportError) else str(error)
+        raise UnknownNameError(f"agent '{name}': cannot import '{module_name}' ({' '.join(what.split())})") from None
     found = getattr(module, class_name, None)
     if not isinstance(found, type):
         classes = [key for key, value in vars(module).items() if isinstance(value, type)]
