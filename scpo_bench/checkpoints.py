@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import hmac
+import inspect
+import io
 import os
 import pickle
 import random
@@ -21,6 +23,7 @@ from typing import Any
 import cloudpickle
 import numpy as np
 import torch
+from stable_baselines3.common.vec_env import VecEnvWrapper
 
 from scpo_bench.records import CHECKPOINT_FILE, LogMark, UpdateLog, write_atomically
 
@@ -38,6 +41,40 @@ class Checkpoint:
     env: Any
     mark: LogMark
     elapsed_s: float
+
+
+class _Pickler(cloudpickle.Pickler):
+    """Passes over what SB3's VecEnvWrapper keeps of its class, which no pickle can hold and which follows from the class."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, VecEnvWrapper) and type(obj).__getstate__ is object.__getstate__:
+            state = {name: value for name, value in obj.__dict__.items() if name != "class_attributes"}
+            return object.__new__, (type(obj),), state, None, None, _set_wrapper_state
+        return super().reducer_override(obj)
+
+
+def _set_wrapper_state(wrapper: VecEnvWrapper, state: dict[str, Any]) -> None:
+    wrapper.__dict__.update(state, class_attributes=dict(inspect.getmembers(type(wrapper))))
+
+
+def _dumps(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    _Pickler(buffer).dump(value)
+    return buffer.getvalue()
+
+
+def obstacle(agent: Any) -> str | None:
+    """The first attribute of the agent that no checkpoint can hold, and why; None if there is none."""
+    for name, value in _state(agent).items():
+        try:
+            _dumps(value)
+        except Exception as error:
+            return f"{name}: {type(error).__name__}: {error}"
+    return None
+
+
+def _state(agent: Any) -> dict[str, Any]:
+    return {name: value for name, value in agent.__dict__.items() if name not in TRANSIENT}
 
 
 def _key() -> bytes | None:
@@ -84,7 +121,7 @@ class Checkpointer:
         normaliser = agent.get_vec_normalize_env()
         state = {
             "versions": self._versions,
-            "agent": {name: value for name, value in agent.__dict__.items() if name not in TRANSIENT},
+            "agent": _state(agent),
             "env": env,
             "normaliser": normaliser,  # the same object as the agent's env, without the environments below it
             "returns": None if normaliser is None else normaliser.returns,
@@ -93,7 +130,7 @@ class Checkpointer:
         }
         try:
             state["mark"] = log.mark()
-            body = cloudpickle.dumps(state)
+            body = _dumps(state)
             write_atomically(self.path, _seal(self._secret, self._cell_key, body) + body)
         except OSError:
             self._next = time.monotonic() + 60.0  # the disk may be full now and free later; the last checkpoint stands

@@ -79,7 +79,9 @@ def list_(what: Annotated[Listing, typer.Argument(help="tasks, agents or suites"
             table.add_column(column)
         for name, suite in _benchmarks(file).suites.items():
             agents = dict.fromkeys(agent for entry in suite.tasks for agent in entry.agents)
-            table.add_row(name, str(len(suite.tasks)), " ".join(agents), str(suite.seeds), suite.description)
+            counts = {entry.seeds or suite.seeds for entry in suite.tasks}
+            seeds = "-".join(str(n) for n in sorted({min(counts), max(counts)}))
+            table.add_row(name, str(len(suite.tasks)), " ".join(agents), seeds, suite.description)
     else:
         for column in ("family", "task", "horizon", "cost limit", ""):
             table.add_column(column)
@@ -259,6 +261,110 @@ def bundle(
 
 
 @app.command()
+def check(
+    agent: Annotated[str, typer.Argument(help="module:Class, path/file.py:Class or a registered name.")],
+    config: Annotated[str, typer.Option(help='Fields of its configuration, as JSON: {"n_steps": 100}.')] = "{}",
+    steps: Annotated[int, typer.Option(min=100, help="Interaction steps to learn in, at most.")] = 100_000,
+) -> None:
+    """Conformance test: spaces, step budget, learning, determinism, going on after a stop, save and load."""
+    import shutil
+    import tempfile
+
+    from rich.console import Console
+
+    from scpo_bench.conformance import check as findings
+
+    fields = _json_object("--config", config)
+    folder = Path(tempfile.mkdtemp(prefix="scpo-bench-check-"))
+    terminal = Console(stderr=True)
+    failed = 0
+    try:
+        status = terminal.status("starting")
+
+        def show(doing: str, taken: int, updates: int) -> None:
+            status.update(f"{doing}: {taken:,} steps, {updates} updates")
+
+        remaining = findings(agent, fields, steps, folder, show)
+        while True:
+            with status:  # not while a line is printed: the two may share a terminal
+                found = next(remaining, None)
+            if found is None:
+                break
+            failed += found.ok is False
+            word = "ok    " if found.ok else "FAILED" if found.ok is False else "?     "
+            typer.echo(f"{word} {found.name}: {found.detail}")
+        typer.echo(f"{agent}: {'conforms' if not failed else f'{failed} failed; records in {folder}'}")
+    finally:
+        if not failed:  # else they, and their tracebacks, are what to look at next
+            shutil.rmtree(folder, ignore_errors=True)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _json_object(option: str, text: str) -> dict[str, Any]:
+    import json
+
+    from scpo_bench.benchmark import BenchmarkError
+
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise BenchmarkError(f"{option}: expected a JSON object such as '{{\"n_steps\": 100}}', got '{text[:40]}'")
+    return value
+
+
+@app.command()
+def falsify(
+    task: Annotated[str, typer.Option(help="known-smoothness, or a labelled task of pure-function dynamics.")] = "known-smoothness",
+    seeds: Annotated[int, typer.Option(min=1)] = 3,
+    updates: Annotated[int, typer.Option(min=1, help="Updates per seed whose policies are examined.")] = 40,
+    output: Annotated[Path, typer.Option(help="Folder for the figure and the counterexample.")] = Path("falsify"),
+    replay: Annotated[Path | None, typer.Option(help="A counterexample file: compute it again, and nothing else.")] = None,
+) -> None:
+    """Search for certified SCPO updates that exceed their bound. Exit status 1: the guarantee is falsified."""
+    from rich.progress import Progress
+
+    from scpo_bench import falsify as search
+
+    if replay is not None:
+        found = search.load(replay)
+        bound, realised = search.replay(found)
+        for name, a, b in zip(("bound", "realised"), (found.bound, found.realised), (bound, realised)):
+            typer.echo(f"{name:9} then {' '.join(f'{v:.6g}' for v in a)}   now {' '.join(f'{v:.6g}' for v in b)}")
+        breached = bool((realised > bound).any())
+        typer.echo("it breaches" if breached else "it does not breach")
+        raise typer.Exit(0 if breached else 1)
+    with Progress(transient=True, disable=not sys.stderr.isatty()) as bar:
+        line = bar.add_task("")
+        report = search.falsify(
+            task, seeds, updates, lambda what, done, of: bar.update(line, description=what, completed=done, total=of)
+        )
+    typer.echo(f"{'factor on L':>12}  {'breaches':>8} of {'steps':>6}")
+    for factor, (breaches, steps) in report.by_factor().items():
+        typer.echo(f"{factor:12g}  {breaches:8} of {steps:6}  {100 * breaches / max(steps, 1):5.1f} %")
+    for rule, (breaches, of) in report.rules.items():
+        typer.echo(f"the agent, certified mode, {rule} L: {breaches} breaches in {of} updates, {100 * breaches / max(of, 1):.1f} %")
+    name = "".join(c if c.isalnum() or c in "-_." else "." for c in task)
+    search.draw(report, output / f"{name}.png")
+    typer.echo(f"figure: {output / f'{name}.png'}")
+    if report.counterexample is not None:
+        path = output / f"{name}.json"
+        search.save(report.counterexample, path)
+        found = report.counterexample
+        typer.echo(
+            f"smallest counterexample: |step| {found.step_norm:.3g}, exceeds its bound by {found.excess:.3g}, factor "
+            f"{found.setting.factor:g}; repeat it with --replay {path}"
+        )
+    if report.falsified:
+        typer.echo("FALSIFIED: a breach although L is known and not understated")
+        raise typer.Exit(1)
+    if report.known:
+        typer.echo("no breach with a valid L")
+
+
+@app.command()
 def doctor() -> None:
     """Versions, what is missing, and how to get it."""
     from rich.table import Table
@@ -287,11 +393,12 @@ def main() -> None:
 
 def _is_users(error: Exception) -> bool:
     from scpo_bench.benchmark import BenchmarkError
+    from scpo_bench.falsify import FalsifyError
     from scpo_bench.launch.local import LaunchError
     from scpo_bench.records import RecordError
     from scpo_bench.registry import UnknownNameError
 
-    return isinstance(error, BenchmarkError | LaunchError | RecordError | UnknownNameError)
+    return isinstance(error, BenchmarkError | FalsifyError | LaunchError | RecordError | UnknownNameError)
 
 
 if __name__ == "__main__":

@@ -154,7 +154,7 @@ def run_cell(cell: Cell, folder: Path, suite: str, progress: Progress | None = N
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "traceback.txt").unlink(missing_ok=True)
     run = Run(suite=suite, key=cell.key(), cell=cell, status="running", provenance=provenance(), started=_now())
-    status, error = "finished", None
+    status, error = "interrupted", None
     recorder: UpdateRecorder | None = None
     log: UpdateLog | None = None
     checkpointer: Checkpointer | None = None
@@ -181,13 +181,11 @@ def run_cell(cell: Cell, folder: Path, suite: str, progress: Progress | None = N
                 agent.learn(total_timesteps=cell.steps - agent.num_timesteps, callback=recorder, reset_num_timesteps=False)
             else:
                 agent.learn(total_timesteps=cell.steps, callback=recorder)
+            status = "finished"
         finally:
             evaluator.close()
             env.close()
-    except KeyboardInterrupt:
-        status = "interrupted"
-        raise
-    except Exception as failure:
+    except (Exception, SystemExit) as failure:  # KeyboardInterrupt goes through
         full = isinstance(failure, OSError) and failure.errno in NO_SPACE
         status, error = "interrupted" if full else "failed", _one_line(failure)
         with contextlib.suppress(OSError):
@@ -238,7 +236,7 @@ def _source_digest(agent_class: type[Any]) -> str | None:
     return None
 
 
-def _one_line(failure: Exception) -> str:
+def _one_line(failure: BaseException) -> str:
     text = str(failure).splitlines()[0] if str(failure) else ""
     if isinstance(failure, OSError) and failure.errno in NO_SPACE:
         return f"{failure.strerror}; free some and give the same command again: the run goes on from its last checkpoint"

@@ -6,7 +6,6 @@ callback, writes one line per update. The agent reports nothing about its own sa
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -78,14 +77,6 @@ class RecordingVecEnv(VecEnvWrapper):
             seen.costs.append(float(self._cost_N[i]))
             self._return_N[i] = self._cost_N[i] = 0.0
         return observations, rewards, dones, infos
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {
-            name: value for name, value in self.__dict__.items() if name != "class_attributes"
-        }  # SB3's; holds the class itself
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, class_attributes=dict(inspect.getmembers(type(self))))
 
     def take(self) -> Collection:
         """What was seen since the last call."""

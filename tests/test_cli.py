@@ -27,7 +27,7 @@ def test_help_is_quick_and_names_every_command():
     before = os.times()
     text = scpo_bench("--help").stdout
     after = os.times()
-    for command in ("list", "run", "compare", "leaderboard", "plot", "doctor"):
+    for command in ("list", "run", "compare", "leaderboard", "plot", "verify", "bundle", "check", "doctor"):
         assert command in text
     used = after.children_user + after.children_system - before.children_user - before.children_system
     assert used < 0.8  # generous: shared machines; tests/performance/ measures it

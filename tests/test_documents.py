@@ -34,6 +34,9 @@ def test_example_agent_of_contributing_runs(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "1 run, 0 already there, 0 failed" in result.stdout
+    command = [sys.executable, "-m", "scpo_bench.cli", "check", "my_agent.py:PricedPPO", "--config", '{"n_steps": 100}']
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_every_command_of_the_readme_exists():
