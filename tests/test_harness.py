@@ -162,28 +162,34 @@ def test_jobs_do_not_change_records(tmp_path):
     assert (again.finished, again.skipped) == (0, 3)
 
 
-def test_two_commands_on_one_folder_share_the_work(tmp_path):
-    """Two processes started together on the same cells: every cell is run once, and both see all of them finished."""
+@pytest.mark.parametrize("number", [2, 4])
+def test_commands_on_one_folder_share_the_work(tmp_path, number):
+    """Processes started together on the same cells: every cell is run once, and all of them see it finished."""
     program = (
-        "import sys; from pathlib import Path; from rich.console import Console; from scpo_bench.launch.local import run_cells;"
-        "from scpo_bench.records import Cell; cells = [Cell.model_validate_json(line) for line in sys.stdin];"
-        "outcome = run_cells(cells, 's', Path(sys.argv[1]), 1, Console(quiet=True)); print(len(outcome.failed))"
+        "import sys; from pathlib import Path; from rich.console import Console; from scpo_bench import harness;"
+        "from scpo_bench.launch.local import run_cells; from scpo_bench.records import Cell; original = harness.run_cell\n"
+        "def counted(cell, *rest):\n    print('ran', cell.seed, flush=True)\n    return original(cell, *rest)\n"
+        "harness.run_cell = counted\n"
+        "cells = [Cell.model_validate_json(line) for line in sys.stdin]\n"
+        "outcome = run_cells(cells, 's', Path(sys.argv[1]), 1, Console(quiet=True)); print('failed', len(outcome.failed))"
     )
-    todo = [CELL.model_copy(update={"seed": seed, "steps": 400}) for seed in range(4)]
+    todo = [CELL.model_copy(update={"seed": seed, "steps": 400}) for seed in range(6)]
     lines = "\n".join(cell.model_dump_json() for cell in todo)
     commands = [
         subprocess.Popen([sys.executable, "-c", program, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(2)
+        for _ in range(number)
     ]
     for command in commands:
         command.stdin.write(lines)
         command.stdin.close()
-    assert [command.wait(timeout=300) for command in commands] == [0, 0]
-    assert [command.stdout.read().strip() for command in commands] == ["0", "0"]
-    digests = {read_run(run_folder(tmp_path, "s", cell)).digest for cell in todo}
+    assert [command.wait(timeout=300) for command in commands] == [0] * number
+    said = [line for command in commands for line in command.stdout.read().splitlines()]
+    assert sorted(said) == ["failed 0"] * number + [f"ran {seed}" for seed in range(6)]
     serial = run_cells(todo, "s", tmp_path / "serial", 1, Console(quiet=True))
-    assert serial.finished == 4
-    assert digests == {read_run(run_folder(tmp_path / "serial", "s", cell)).digest for cell in todo}
+    assert serial.finished == 6
+    for cell in todo:
+        together, alone = (read_run(run_folder(results, "s", cell)) for results in (tmp_path, tmp_path / "serial"))
+        assert together.digest == alone.digest
     for command in commands:
         command.stdout.close()
 
