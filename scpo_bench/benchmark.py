@@ -6,21 +6,30 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from scpo_bench.records import Cell
+from scpo_bench.records import Cell, canonical
 from scpo_bench.registry import agent_spec, nearest, task_spec
 
 PACKAGED_FILE = Path(__file__).with_name("benchmarks.yaml")
+# Bounds on what a file may ask for: far above any real one, so that a slip (or a hostile file) ends in a line of text.
 MAX_FILE_BYTES = 1_000_000
+MAX_VALUES = 100_000  # with every alias written out
+MAX_CELLS = 100_000
+MAX_MESSAGE = 600
 
 
 class BenchmarkError(ValueError):
     """A mistake in benchmarks.yaml or in what was asked of it, in one line: field, expectation, what came, nearest choice."""
 
+    def __init__(self, message: str) -> None:
+        # Names in it come from the file: whatever they hold, the message stays one printable line.
+        line = "".join(c if c.isprintable() else " " for c in message)
+        super().__init__(line if len(line) <= MAX_MESSAGE else f"{line[:MAX_MESSAGE]} ...")
+
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class TaskEntry(_Strict):
@@ -40,8 +49,8 @@ class TaskEntry(_Strict):
     seeds: int | None = Field(None, ge=1)
     """Default: the suite's."""
     normalize: bool = False
-    env: dict[str, Any] = {}
-    config: dict[str, dict[str, Any]] = {}
+    env: dict[str, JsonValue] = {}
+    config: dict[str, dict[str, JsonValue]] = {}
     """agent -> overrides of its configuration."""
 
 
@@ -50,7 +59,7 @@ class Suite(_Strict):
     seeds: int = Field(ge=1)
     start: Literal["backup", "random"] = "random"
     tasks: list[TaskEntry] = Field(min_length=1)
-    config: dict[str, dict[str, Any]] = {}
+    config: dict[str, dict[str, JsonValue]] = {}
     """agent -> overrides of its configuration, for every task of the suite."""
 
 
@@ -66,11 +75,42 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 def _mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen = set()
     for key_node, _ in node.value:
-        key = key_node.value
-        if key in seen:
-            raise BenchmarkError(f"line {key_node.start_mark.line + 1}: '{key}' stands twice in one mapping")
-        seen.add(key)
+        place = f"line {key_node.start_mark.line + 1}"
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise BenchmarkError(f"{place}: a key must be a single value")
+        if key_node.value in seen:
+            raise BenchmarkError(f"{place}: '{key_node.value}' stands twice in one mapping")
+        seen.add(key_node.value)
     return loader.construct_mapping(node, deep=True)
+
+
+def _written_out(node: yaml.Node, sizes: dict[int, int | None]) -> int:
+    """Number of values below ``node`` with every alias written out: a few lines of aliases of aliases can stand for billions."""
+    size = sizes.setdefault(id(node), 0)
+    if size is None:
+        raise BenchmarkError(f"line {node.start_mark.line + 1}: an alias inside of what it stands for")
+    if size == 0:
+        sizes[id(node)] = None
+        size = 1
+        if isinstance(node, yaml.MappingNode):
+            size += sum(_written_out(inner, sizes) for pair in node.value for inner in pair)
+        elif isinstance(node, yaml.SequenceNode):
+            size += sum(_written_out(inner, sizes) for inner in node.value)
+        sizes[id(node)] = size
+    return size
+
+
+def _parse(text: str) -> Any:
+    loader = _UniqueKeyLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _written_out(node, {}) > MAX_VALUES:
+            raise BenchmarkError(f"more than {MAX_VALUES} values, with aliases written out")
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
 
 
 _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
@@ -86,17 +126,19 @@ def load_benchmarks(path: Path) -> Benchmarks:
     """Read and validate a benchmarks file. BenchmarkError names file, field, expectation and nearest choice."""
     name = path.name
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise BenchmarkError(f"{name}: larger than {MAX_FILE_BYTES} bytes")
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
-        benchmarks = Benchmarks.model_validate(data)
+        with open(path, "rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+        if len(content) > MAX_FILE_BYTES:
+            raise BenchmarkError(f"larger than {MAX_FILE_BYTES} bytes")
+        benchmarks = Benchmarks.model_validate(_parse(content.decode("utf-8")))
     except BenchmarkError as error:
         raise BenchmarkError(f"{name}: {error}") from None
     except OSError as error:
         raise BenchmarkError(f"{path}: cannot be read ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        if isinstance(error, ValidationError):
-            raise BenchmarkError(f"{name}: {_explain(error)}") from None
+    except ValidationError as error:
+        raise BenchmarkError(f"{name}: {_explain(error)}") from None
+    # What PyYAML's constructors raise on a value under a wrong tag is whatever happens to go wrong.
+    except (yaml.YAMLError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise BenchmarkError(f"{name}: not valid YAML ({' '.join(str(error).split())[:200]})") from None
     for suite_name, suite in benchmarks.suites.items():
         _check_names(name, suite_name, suite)
@@ -134,12 +176,23 @@ def _check_names(file: str, suite_name: str, suite: Suite) -> None:
                 raise BenchmarkError(
                     f"{where}.tasks[{i}].config: '{agent}' is not among its agents{nearest(agent, entry.agents)}"
                 )
+        _check_settings(f"{where}.tasks[{i}].env", entry.env)
+        _check_settings(f"{where}.tasks[{i}].config", entry.config)
         spec = _named(f"{where}.tasks[{i}].id", task_spec, entry.id)
         if spec is None and entry.cost_limit is None:
             raise BenchmarkError(f"{where}.tasks[{i}].cost_limit: needed, since {entry.id} is no task of this package")
+    _check_settings(f"{where}.config", suite.config)
     for agent in suite.config:
         if agent not in used:
             raise BenchmarkError(f"{where}.config: '{agent}' runs in no task of the suite{nearest(agent, sorted(used))}")
+
+
+def _check_settings(where: str, settings: Any) -> None:
+    """Settings go into the cell's key and its record, so they must have a JSON text."""
+    try:
+        canonical(settings)
+    except ValueError as error:  # nan, infinity, integers of thousands of digits
+        raise BenchmarkError(f"{where}: {error}") from None
 
 
 def _named(where: str, look_up: Any, name: str) -> Any:
@@ -173,8 +226,11 @@ def cells(suite: Suite, agents: list[str] | None = None, tasks: list[str] | None
         if tasks and entry.id not in tasks:
             continue
         wanted = entry.agents if not agents else [a for a in agents if a in entry.agents or a not in listed]
+        number = seeds or entry.seeds or suite.seeds
+        if len(found) + len(wanted) * number > MAX_CELLS:
+            raise BenchmarkError(f"{len(wanted)} agents with {number} seeds on {entry.id}: more than {MAX_CELLS} runs")
         for agent in wanted:
-            found += [_cell(suite, entry, agent, seed) for seed in range(seeds or entry.seeds or suite.seeds)]
+            found += [_cell(suite, entry, agent, seed) for seed in range(number)]
     if not found:
         raise BenchmarkError(f"nothing to run: none of {', '.join(agents or [])} runs on the chosen tasks")
     return found
@@ -190,7 +246,7 @@ def comparison(
     if spec is None and cost_limit is None:
         raise BenchmarkError(f"--cost-limit: needed, since {task} is no task of this package")
     base = {"id": task, "steps": 100_000, "num_envs": 4, "evaluation_episodes": 10}
-    config: dict[str, dict[str, Any]] = {}
+    config: dict[str, dict[str, JsonValue]] = {}
     for suite in benchmarks.suites.values():
         entry = next((e for e in suite.tasks if e.id == task), None)
         if entry is not None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import random
+import time
 from pathlib import Path
 
 import pytest
@@ -40,6 +43,13 @@ def changed(*path_and_value):
     return data
 
 
+def laughs(line, alias):
+    """A billion laughs: each line stands for ten of the one before it."""
+    inner = [", ".join([alias.format(i - 1)] * 10) if i else "1" for i in range(10)]
+    lines = [line.format(i, i, text) for i, text in enumerate(inner)]
+    return "\n".join(lines) if "<<" not in line else "\n".join(["a0: &a0 {x: 1}", *lines[1:]])
+
+
 TASK = ("suites", "core", "tasks", 0)
 
 
@@ -69,13 +79,27 @@ TASK = ("suites", "core", "tasks", 0)
         ("!!python/object/apply:os.system ['true']", "not valid YAML"),
         ("just text", "file: input should be a valid dictionary"),
         ("\x00", "not valid YAML"),
+        (changed(*TASK, "cost_limit", float("nan")), r"tasks\[0\]\.cost_limit: input should be (a finite number|greater)"),
+        (changed(*TASK, "env", {"noise": float("inf")}), r"tasks\[0\]\.env"),
+        (yaml.safe_dump(VALID).replace("n_steps: 10", "n_steps: 0x" + "f" * 5000), r"suites\.core\.config: Exceeds the limit"),
+        ("version: 1\nsuites: {a: 2025-12-13}", r"suites\.a: "),
+        ("? [a]\n: b", "line 1: a key must be a single value"),
+        ("a: &a [*a]", "line 1: an alias inside of what it stands for"),
+        ("version: !!bool maybe", "not valid YAML"),
+        ("version: !!timestamp maybe", "not valid YAML"),
+        ("[" * 100_000, "not valid YAML"),
+        ("- " * 100_000, "not valid YAML"),
+        (laughs("a{} : &a{} [{}]", "*a{}"), "more than 100000 values"),
+        (laughs("a{}: &a{} {{<<: [{}]}}", "*a{}"), "more than 100000 values"),
+        ('version: "\\e[2J\\n"', r"version: input should be 1, got '\\x1b"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, data, message):
     """File, field, expectation, what came, nearest choice - and never a traceback of another kind."""
     with pytest.raises(BenchmarkError, match=message) as caught:
         load(tmp_path, data)
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 700
     assert str(caught.value).startswith("benchmarks.yaml: ")
 
 
@@ -128,3 +152,84 @@ def test_committed_file_is_valid_and_packaged():
     """The repository's suites load, and the package carries the same file."""
     assert {"quick", "paper"} <= set(load_benchmarks(ROOT / "benchmarks.yaml").suites)
     assert (ROOT / "scpo_bench" / "benchmarks.yaml").read_bytes() == (ROOT / "benchmarks.yaml").read_bytes()
+
+
+def test_files_without_an_end_and_not_in_utf8(tmp_path):
+    """Reading stops at the bound, whatever the file system says of the size."""
+    with pytest.raises(BenchmarkError, match=r"zero: larger than 1000000 bytes"):
+        load_benchmarks(Path("/dev/zero"))
+    with open(tmp_path / "large.yaml", "wb") as file:
+        file.truncate(1_000_000_000)
+    with pytest.raises(BenchmarkError, match=r"large\.yaml: larger than"):
+        load_benchmarks(tmp_path / "large.yaml")
+    (tmp_path / "latin.yaml").write_bytes("version: 1 # ä".encode("latin-1"))
+    with pytest.raises(BenchmarkError, match=r"latin\.yaml: not valid YAML \('utf-8' codec"):
+        load_benchmarks(tmp_path / "latin.yaml")
+    with pytest.raises(BenchmarkError, match="cannot be read"):
+        load_benchmarks(tmp_path)
+
+
+def test_a_billion_runs_are_refused(tmp_path):
+    """A slip in a number must not fill the memory before anything is said."""
+    for data, seeds in ((changed("suites", "core", "seeds", 10**9), None), (VALID, 10**9)):
+        with pytest.raises(BenchmarkError, match="more than 100000 runs"):
+            cells(get_suite(load(tmp_path, data), "core"), seeds=seeds)
+
+
+FUZZ_FILES = int(os.environ.get("SCPO_BENCH_FUZZ", "200"))
+"""Mutated files that are loaded; the full check takes 10000."""
+TOKENS = (
+    "nan", ".nan", ".inf", "-.inf", "-1", "0", "1e999", "9" * 5000, "0x" + "f" * 5000, "1:" * 50 + "1", "null", "~", "true", "''", "[]",
+    "{}", "[[]]", "{a: {}}", "*constrained", "&x [*x]", "<<: *imitation", "!!python/object:os.system {}", "!!binary aGk=", "!!set {a}",
+    "2025-12-13", "!!timestamp x", "!!int x", "!!float x", "!!bool x", "? [a] : b", "- ", "  ", "\t", ": ", "#", "|\n x", "'", '"',
+    "\x07", "\ud7ff", "\u2028", '"\\ud800"', "[" * 500,
+    "{a: " * 500, "a" * 5000, "%YAML 9.9", "---", "...", "ppo", "SafetyPointGoal1-v0",
+)  # fmt: skip
+
+
+def mutate(text, rng):
+    """One to three edits of lines, pieces, values and bytes."""
+    for _ in range(rng.randint(1, 3)):
+        kind = rng.randrange(6)
+        lines = text.splitlines(keepends=True) or [""]
+        i = rng.randrange(len(lines))
+        if kind == 0:
+            del lines[i]
+        elif kind == 1:
+            lines.insert(rng.randrange(len(lines)), lines[i])
+        elif kind == 2:
+            lines[i] = " " * rng.randrange(8) + lines[i].lstrip()
+        elif kind == 3:
+            key, colon, _ = lines[i].partition(": ")
+            lines[i] = f"{key}{colon}{rng.choice(TOKENS)}\n"
+        else:
+            at, length = rng.randrange(len(text) + 1), rng.randint(0, 12)
+            new = rng.choice(TOKENS) if kind == 4 else "".join(chr(rng.randrange(256)) for _ in range(length))
+            lines = [text[:at], new, text[at + length :]]
+        text = "".join(lines)
+    return text
+
+
+def test_mutated_files_never_end_in_a_traceback(tmp_path):
+    """Whatever stands in the file, the outcome is cells with keys or one line that names the problem, and soon."""
+    rng = random.Random(5)
+    path = tmp_path / "benchmarks.yaml"
+    committed = (ROOT / "benchmarks.yaml").read_text()
+    small = yaml.safe_dump(VALID)
+    loaded, refusals = 0, set()
+    for i in range(FUZZ_FILES):
+        # The committed file is a hundred times slower to read: it is there for its anchors and merge keys.
+        text = mutate(committed if i % 20 == 0 else small, rng)
+        path.write_bytes(text.encode("utf-8" if rng.random() < 0.95 else "utf-16", "surrogatepass"))
+        began = time.process_time()
+        try:
+            for suite in load_benchmarks(path).suites.values():
+                for cell in cells(suite):
+                    assert len(cell.key()) == 64
+            loaded += 1
+        except BenchmarkError as error:
+            refusals.add(str(error))
+        assert time.process_time() - began < 20
+    assert 0 < loaded < FUZZ_FILES
+    assert len(refusals) > FUZZ_FILES / 10
+    assert all(refusal.isprintable() and len(refusal) < 700 for refusal in refusals)
