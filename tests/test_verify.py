@@ -380,6 +380,30 @@ def test_bundles_verify_and_repeat(results, tmp_path, name):
     assert [row["seeds_missing"] for row in manifest["rows"] if row["agent"] == "scpo"] == [0, 1]
 
 
+def test_a_bundle_inside_a_results_folder_is_verified_as_one(results, tmp_path):
+    """Somebody's bundle, unpacked or not, beside one's own records: it keeps its seal, and its problems are told with its name."""
+    bundle(results, "s", results / "theirs")
+    bundle(results, "s", results / "theirs.tar.gz")
+    report = verify(results)
+    assert report.ok, report.problems
+    assert (report.runs, report.finished, report.sealed) == (16, 16, False)
+    notes = "\n".join(report.notes)
+    assert "theirs: a bundle of 8 runs, every file as in its manifest" in notes
+    assert "theirs.tar.gz: not looked at; a packed bundle is verified by itself" in notes
+    run_file = next((results / "theirs").rglob(RUN_FILE))
+    run_file.write_text(run_file.read_text().replace('"threads": 1', '"threads": 2'))
+    assert all(line.startswith("theirs: ") and "hash" in line for line in verify(results).problems)
+    (results / "theirs" / "notes.md").write_text("")
+    assert "bundle theirs: notes.md: no part of a record" in one_line(results)
+    (results / "theirs" / "notes.md").unlink()
+    (run_file.parent / MANIFEST_FILE).write_text("{}")
+    assert f"bundle theirs: {run_file.parent.relative_to(results / 'theirs')}/{MANIFEST_FILE}: no part" in one_line(results)
+    # Nothing but bundles is a results folder, too.
+    other = tmp_path / "other"
+    bundle(results, "s", other / "theirs")
+    assert verify(other).runs == 8
+
+
 def test_bundles_hold_records_only(results, tmp_path):
     """No traceback (it names the author's paths), no figure, no script."""
     folder = folder_of(results, "s", synthetic_cell("scpo", IMITATION, 0, 4))

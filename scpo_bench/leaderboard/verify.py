@@ -21,7 +21,7 @@ import struct
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
@@ -59,6 +59,7 @@ _OWN_OUTPUT = frozenset({".md", ".html", ".csv", ".tex", ".png", ".svg", ".pdf"}
 _TRACEBACK_FILE = "traceback.txt"
 # What running processes keep beside the records: locks of cells, and files about to be renamed into place.
 _LOCKS_FOLDER, _PART_SUFFIX = ".locks", ".part"
+_PACKED = (".tar.gz", ".tgz")
 
 # Bounds on what is read at all. A run of 300 updates has some 300 kB of lines; a large suite some 20 MB compressed.
 MAX_FILES = 100_000
@@ -155,7 +156,10 @@ def verify(folder: Path) -> Report:
 
 
 def _tree(root: Path, sealed: bool) -> tuple[dict[str, int], list[str]]:
-    """(relative path -> size of every file of the record, notes on what was passed over). Raises Refused."""
+    """(relative path -> size of every file of the record, notes on what was passed over). Raises Refused.
+
+    Below a folder that is no bundle itself there may be bundles: their manifests are among the files.
+    """
     files: dict[str, int] = {}
     passed: list[str] = []
     for path, status in _entries(root):
@@ -163,7 +167,7 @@ def _tree(root: Path, sealed: bool) -> tuple[dict[str, int], list[str]]:
         if not stat.S_ISREG(status.st_mode):
             kind = "a symbolic link" if stat.S_ISLNK(status.st_mode) else "neither a file nor a folder"
             raise Refused(f"{name}: {kind}; records hold plain files only")
-        if path.name in RECORD_FILES or (path.name == MANIFEST_FILE and path.parent == root):
+        if path.name in RECORD_FILES or (path.name == MANIFEST_FILE and (path.parent == root or not sealed)):
             limit = MAX_STORED_BYTES
             if path.name == RUN_FILE:
                 limit = MAX_LINE_BYTES
@@ -175,7 +179,9 @@ def _tree(root: Path, sealed: bool) -> tuple[dict[str, int], list[str]]:
         elif not sealed and path.parent.name == _LOCKS_FOLDER:
             continue
         elif not sealed and (path.name in (_TRACEBACK_FILE, CHECKPOINT_FILE) or path.suffix in (*_OWN_OUTPUT, _PART_SUFFIX)):
-            passed.append(name)
+            passed.append(f"{name}: not part of the records, not looked at")
+        elif not sealed and path.name.endswith(_PACKED):
+            passed.append(f"{name}: not looked at; a packed bundle is verified by itself")
         else:
             raise Refused(f"{name}: no part of a record (those are {', '.join(sorted(RECORD_FILES))}, {MANIFEST_FILE})")
     return files, passed
@@ -295,12 +301,15 @@ def _verify_folder(root: Path) -> Report:
     sealed = (root / MANIFEST_FILE).exists() or (root / MANIFEST_FILE).is_symlink()
     files, passed = _tree(root, sealed)
     problems: list[str] = []
-    notes = [f"{name}: not part of the records, not looked at" for name in sorted(passed)]
+    notes = sorted(passed)
+    inner = [] if sealed else _outermost(name for name in files if PurePosixPath(name).name == MANIFEST_FILE)
     manifest = _read_manifest(root) if sealed else None
     if manifest is not None:
         problems += _check_files(root, manifest, files)
 
-    folders = run_folders(root)
+    within = tuple(f"{name}/" for name in inner)
+    files = {name: size for name, size in files.items() if not name.startswith(within)}
+    folders = [path for path in run_folders(root) if not f"{path.relative_to(root).as_posix()}/".startswith(within)]
     held = {folder.relative_to(root).as_posix() for folder in folders}
     aside = set()
     for name in sorted(files):
@@ -312,7 +321,7 @@ def _verify_folder(root: Path) -> Report:
         else:
             problems.append(f"{name}: belongs to no run; its folder has no {RUN_FILE}")
     notes += [f"{name}: set aside, no part of the results, not looked at" for name in sorted(aside)]
-    if not folders:
+    if not folders and not inner:
         raise RecordError(f"{root}: holds no records (no {RUN_FILE})")
 
     seen: dict[tuple[str, str], str] = {}
@@ -333,7 +342,31 @@ def _verify_folder(root: Path) -> Report:
             problems.append(f"{name}: of suite {run.suite!r}; the manifest says {manifest.suite!r}")
     if manifest is not None and not problems:
         problems += _check_aggregates(root, manifest)
-    return Report(root, len(folders), finished, sealed, problems, notes)
+    runs = len(folders)
+    for name in inner:
+        found_inside = _verify_bundle_inside(root, name)
+        runs, finished = runs + found_inside.runs, finished + found_inside.finished
+        problems += [f"{name}: {line}" for line in found_inside.problems]
+        if found_inside.ok:
+            notes.append(f"{name}: a bundle of {found_inside.runs} runs, every file as in its manifest")
+        notes += [f"{name}: {line}" for line in found_inside.notes]
+    return Report(root, runs, finished, sealed, problems, notes)
+
+
+def _outermost(manifests: Iterable[str]) -> list[str]:
+    """Folders of these manifests, without those inside of others: within a bundle, a second manifest is refused."""
+    found: list[str] = []
+    for folder in sorted(PurePosixPath(name).parent.as_posix() for name in manifests):
+        if not any(f"{folder}/".startswith(f"{outer}/") for outer in found):
+            found.append(folder)
+    return found
+
+
+def _verify_bundle_inside(root: Path, name: str) -> Report:
+    try:
+        return _verify_folder(root / name)
+    except RecordError as error:
+        raise Refused(f"bundle {name}: {error}") from None
 
 
 def _check_files(root: Path, manifest: Manifest, files: dict[str, int]) -> Iterator[str]:
@@ -480,7 +513,7 @@ def bundle(results: Path, suite: str, output: Path, planned: Sequence[Cell] = ()
         rows=plain_rows(leaderboard(load(results, suite, planned))),
     )
     contents[MANIFEST_FILE] = canonical(manifest.model_dump(mode="json")) + b"\n"
-    if output.name.endswith((".tar.gz", ".tgz")):
+    if output.name.endswith(_PACKED):
         write_atomically(output, _archive(contents, suite))
     else:
         for name, data in contents.items():
