@@ -6,6 +6,7 @@ projection. Where no constraint is in the way, the weights are those that it wou
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -77,7 +78,7 @@ class ProjectedOptimizer:
     def _values(self) -> Floats:
         with torch.no_grad():
             values = self._constraints_at()
-        return np.atleast_1d(np.asarray(values.detach() if isinstance(values, Tensor) else values, dtype=np.float64))
+        return np.asarray(values.detach() if isinstance(values, Tensor) else values, dtype=np.float64).reshape(-1)
 
     def _evaluate(self, w: Floats) -> Floats:
         rows = []
@@ -164,7 +165,7 @@ def projected(algorithm: type[BaseAlgorithm]) -> type[Any]:
     """
 
     class Projected(algorithm):  # type: ignore[misc, valid-type]
-        Config: ClassVar[type[ProjectedConfig]] = ProjectedConfig
+        Config: ClassVar[type[Any]] = getattr(algorithm, "Config", ProjectedConfig)
 
         def __init__(
             self,
@@ -298,11 +299,16 @@ def _probe_meter(env: Any) -> ProbeMeter:
 
 
 def _maker_of(env: Any) -> Callable[[], gym.Env[Any, Any]]:
-    """A function that makes the environment that ``env`` holds several of."""
+    """A function that makes the environment that ``env`` holds several of, by its registered id."""
     spec = env.get_attr("spec")[0]
+    hint = "give make_env, a function that makes the environments of SCPO's rollouts"
     if spec is None:
-        raise ValueError("SCPO: the environment has no registered id to make rollout environments from; give make_env")
-    return functools.partial(gym.make, spec)
+        raise ValueError(f"SCPO: the environment has no registered id; {hint}")
+    make_env = functools.partial(gym.make, spec.id, max_episode_steps=spec.max_episode_steps, **spec.kwargs)
+    with contextlib.closing(make_env()) as example:
+        if example.observation_space != env.observation_space or example.action_space != env.action_space:
+            raise ValueError(f"SCPO: the environment is wrapped, its spaces are not those of {spec.id}; {hint}")
+    return make_env
 
 
 RIDGE = 1e-3  # of the cost critic's fit, relative to its features' mean square

@@ -43,7 +43,7 @@ class PolicyWeights:
             raise ValueError(
                 f"SCPO: the actions of {type(policy).__name__} cannot be differentiated; it needs a Box action space"
             )
-        named = list(policy.named_parameters())
+        named = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
         gradients = torch.autograd.grad(action.sum(), [p for _, p in named], allow_unused=True)
         self._names = [name for (name, _), gradient in zip(named, gradients) if gradient is not None]
         self._start = self._flat(policy)
