@@ -171,7 +171,8 @@ def examine(subject: Subject) -> Iterator[tuple[Setting, bool, Counterexample | 
     """Every visit, certified with every setting: (setting, breached, counterexample if so). Steps of length 0 are left out."""
     rng = np.random.default_rng(np.random.SeedSequence([subject.seed, 1]))
     for update, w, proposal, memory in subject.visits:
-        for directions in DIRECTIONS:
+        # A complete basis leaves nothing to choose.
+        for directions in DIRECTIONS if subject.directions < len(w) else ("all",):
             remembered = memory.candidates(w, ("normals", "momentum", "start"), ()) if directions == "remembered" else []
             basis = probe_basis(proposal, remembered, subject.directions, rng)
             for radius in RADII:
@@ -351,13 +352,13 @@ def draw(report: Report, path: Path) -> None:
     from scpo_bench.leaderboard.plots import COLOURS, DASHES, STYLE
 
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(6.2, 3.6), layout="constrained")
-        for j, directions in enumerate(DIRECTIONS):
-            for i, radius in enumerate(RADII):
-                points = []
-                for factor in FACTORS:
-                    breaches, steps = report.rates.get(Setting(factor, radius, directions), (0, 0))
-                    points.append(100 * breaches / steps if steps else np.nan)
+        figure, axes = plt.subplots(figsize=(7.6, 3.6), layout="constrained")
+        for i, radius in enumerate(RADII):
+            for j, directions in enumerate(("all", *DIRECTIONS)):
+                seen = [report.rates.get(Setting(factor, radius, directions), (0, 0)) for factor in FACTORS]
+                if not any(steps for _, steps in seen):
+                    continue
+                points = [100 * breaches / steps if steps else np.nan for breaches, steps in seen]
                 label = f"{directions} directions, probes {radius:g}"
                 axes.plot(FACTORS, points, color=COLOURS[i], linestyle=DASHES[j], marker="o", markersize=3, label=label)
         for i, (rule, (breaches, updates)) in enumerate(report.rules.items()):
@@ -365,11 +366,12 @@ def draw(report: Report, path: Path) -> None:
             axes.axhline(rate, color=COLOURS[5 + i], linestyle=DASHES[2], label=f"the agent, {rule} L: {rate:.1f} %")
         axes.axvline(1.0, color="#888888", linewidth=0.8)
         axes.set_xscale("log", base=2)
+        axes.set_xticks(FACTORS, [f"{f:g}" if f >= 1 else f"1/{1 / f:g}" for f in FACTORS])
         axes.set_ylim(-2, 102)
         axes.set_xlabel("factor on " + ("the known L" if report.known else "L as sampled along the probes"))
         axes.set_ylabel("certified steps that breach, %")
-        axes.set_title(f"{report.task}: how far L can be understated before the certificate breaks")
-        axes.legend(fontsize=7)
+        axes.set_title(f"{report.task}: breaches of the certificate")
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
         plt.close(figure)

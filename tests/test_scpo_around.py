@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 import subprocess
@@ -27,7 +28,7 @@ from scpo_bench.scpo.agent import SCPO
 from scpo_bench.scpo.around import ProjectedOptimizer, ProjectedPPO, cost_gradient, projected
 from scpo_bench.scpo.constraints import Expected
 from scpo_bench.scpo.guard import Guard, GuardConfig, UnsafeStartError
-from scpo_bench.scpo.policy_rollouts import EpisodeRollouts, PolicyWeights
+from scpo_bench.scpo.policy_rollouts import EpisodeRollouts, PolicyWeights, acting
 from scpo_bench.scpo.probes import DirectionMemory
 from scpo_bench.scpo.rollouts import ProbeMeter
 from scpo_bench.vec_env import NativeVecEnv
@@ -65,11 +66,14 @@ def parameters(agent):
     return torch.cat([p.detach().reshape(-1) for p in agent.policy.parameters()])
 
 
-SMALL_NET = {"policy_kwargs": {"net_arch": [8]}}
+def small_net():
+    return {"policy_kwargs": {"net_arch": [8]}}  # a new one each time: SB3 writes into it
+
+
 ALGORITHMS = {
-    "ppo": (PPO, {"n_steps": 40, "batch_size": 40, "n_epochs": 3, **SMALL_NET}, 400),
-    "a2c": (A2C, {"n_steps": 20, **SMALL_NET}, 400),
-    "sac": (SAC, {"learning_starts": 50, "train_freq": 50, "gradient_steps": 20, "batch_size": 32, **SMALL_NET}, 400),
+    "ppo": (PPO, {"n_steps": 40, "batch_size": 40, "n_epochs": 3, **small_net()}, 400),
+    "a2c": (A2C, {"n_steps": 20, **small_net()}, 400),
+    "sac": (SAC, {"learning_starts": 50, "train_freq": 50, "gradient_steps": 20, "batch_size": 32, **small_net()}, 400),
     "cvpo": (
         CVPO,
         {
@@ -88,8 +92,8 @@ ALGORITHMS = {
 @pytest.mark.parametrize("name", list(ALGORITHMS))
 def test_inactive_constraints_change_nothing(name):
     """A cost that never comes: the wrapped algorithm ends with the very parameters of the unwrapped one."""
-    algorithm, config, steps = ALGORITHMS[name]
-    alone = algorithm("MlpPolicy", pushing(threshold=9.0), seed=0, **config).learn(steps)
+    algorithm, config, steps = copy.deepcopy(ALGORITHMS[name])
+    alone = algorithm("MlpPolicy", pushing(threshold=9.0), seed=0, **copy.deepcopy(config)).learn(steps)
     wrapped = projected(algorithm)(
         "MlpPolicy",
         pushing(threshold=9.0),
@@ -108,8 +112,8 @@ def test_inactive_constraints_change_nothing(name):
 @pytest.mark.parametrize("name", ["ppo", "a2c", "sac"])
 def test_active_constraints_hold_every_deployed_policy(name):
     """Every step above 0.5 costs 1 and at most 5 of 20 are allowed; alone the algorithm runs over that, wrapped it never does."""
-    algorithm, config, steps = ALGORITHMS[name]
-    config = {**config, "learning_rate": 0.03}
+    algorithm, config, steps = copy.deepcopy(ALGORITHMS[name])
+    config["learning_rate"] = 0.03
 
     class Costs(BaseCallback):
         def __init__(self):
@@ -126,7 +130,7 @@ def test_active_constraints_hold_every_deployed_policy(name):
     watch, free = Costs(), Costs()
     wrapped = projected(algorithm)("MlpPolicy", pushing(), seed=0, make_env=Push, cost_limit=5.0, rollouts=8, **config)
     wrapped.learn(steps * 4, watch)
-    algorithm("MlpPolicy", pushing(), seed=0, **config).learn(steps * 4, free)
+    algorithm("MlpPolicy", pushing(), seed=0, **{**config, **small_net()}).learn(steps * 4, free)
     assert max(free.seen) > 5
     assert max(watch.seen) <= 5
     assert wrapped.diagnostics["realised/cost"] <= 0
@@ -192,7 +196,7 @@ def test_signed_values_stand_in_for_a_limit_of_zero():
     """With limit 0 the constraint is that no signed value is positive: seen by the agent, held in every update."""
     agent = ProjectedPPO(
         "MlpPolicy", pushing(signed=True), make_env=functools.partial(Push, signed=True), cost_limit=0.0, seed=0, learning_rate=0.03,
-        n_steps=40, batch_size=40, n_epochs=5, margin=0.05, **SMALL_NET,
+        n_steps=40, batch_size=40, n_epochs=5, margin=0.05, **small_net(),
     )  # fmt: skip
     agent.learn(1200)
     assert agent.constraints.names == ("constraint_0",)
@@ -201,7 +205,7 @@ def test_signed_values_stand_in_for_a_limit_of_zero():
 
 def test_save_and_load_keep_the_guard(tmp_path):
     """What is loaded has the same weights in the same coordinates, and what it knows of its constraints."""
-    agent = ProjectedPPO("MlpPolicy", pushing(), make_env=Push, cost_limit=5.0, seed=0, n_steps=40, batch_size=40, **SMALL_NET)
+    agent = ProjectedPPO("MlpPolicy", pushing(), make_env=Push, cost_limit=5.0, seed=0, n_steps=40, batch_size=40, **small_net())
     agent.learn(400)
     agent.save(tmp_path / "agent")
     loaded = ProjectedPPO.load(tmp_path / "agent", env=pushing())
@@ -223,6 +227,18 @@ def test_weights_are_those_that_shape_the_action():
     weights.write(change)
     assert agent.predict(np.zeros((1, 2), np.float32), deterministic=True)[0] == pytest.approx(before + 0.25)
     assert weights.read() == pytest.approx(change, abs=1e-7)
+
+
+@pytest.mark.parametrize("algorithm", [PPO, SAC])
+def test_acting_is_predicting(algorithm):
+    """The shortcut gives the very actions of predict, clipped ones included."""
+    policy = algorithm("MlpPolicy", pushing(), seed=0).policy
+    with torch.no_grad():
+        list(policy.parameters())[-1].add_(1.0)
+        if algorithm is PPO:
+            policy.action_net.bias.add_(1.9)
+    observations = np.random.default_rng(0).uniform(-1, 1, (50, 2)).astype(np.float32)
+    assert np.array_equal(acting(policy)(observations), policy.predict(observations, deterministic=True)[0])
 
 
 def test_episode_rollouts_do_not_depend_on_the_workers():
