@@ -44,7 +44,7 @@ class TaskEntry(_Strict):
     evaluation_interval: int = Field(1, ge=1)
     cost_limit: float | None = Field(None, ge=0)
     """Default: the task's own."""
-    start: Literal["backup", "random"] | None = None
+    start: Literal["backup", "zero", "random"] | None = None
     """Default: the suite's."""
     seeds: int | None = Field(None, ge=1)
     """Default: the suite's."""
@@ -57,7 +57,8 @@ class TaskEntry(_Strict):
 class Suite(_Strict):
     description: str
     seeds: int = Field(ge=1)
-    start: Literal["backup", "random"] = "random"
+    start: Literal["backup", "zero", "random"] = "random"
+    """The policy that training starts from: the task's backup controller, action zero everywhere, or a random initialisation."""
     tasks: list[TaskEntry] = Field(min_length=1)
     config: dict[str, dict[str, JsonValue]] = {}
     """agent -> overrides of its configuration, for every task of the suite."""

@@ -67,19 +67,30 @@ def make_agent(cell: Cell, env: VecEnv) -> Any:
     if "cost_limit" in _config_fields(agent_class):
         config.setdefault("cost_limit", cell.cost_limit)  # one limit per cell: what is judged is what the agent is told
     policy: Any = "MlpPolicy"
-    if cell.start == "backup":
-        task = getattr(env.unwrapped, "task", None)
-        if task is None:
-            raise ValueError(f"start: 'backup' needs a task with a backup controller, and {cell.task} has none; use 'random'")
-        config["policy_kwargs"] = {**config.get("policy_kwargs", {}), "backup": AffineBackup(*task.backup_gain())}
+    if cell.start != "random":
+        config["policy_kwargs"] = {**config.get("policy_kwargs", {}), "backup": _start_policy(cell, env)}
         if getattr(agent_class, "policy_aliases", {}).get("MlpPolicy") is ActorCriticPolicy:
             policy = BackupActorCriticPolicy
     try:
         return agent_class(policy, env, seed=seed, **config)
     except TypeError as error:
-        if cell.start == "backup" and "backup" in str(error):
-            raise ValueError(f"start: 'backup': agent '{cell.agent}' has no policy that starts at a backup") from None
+        if cell.start != "random" and "backup" in str(error):
+            raise ValueError(f"start: '{cell.start}': agent '{cell.agent}' has no policy that starts at a backup") from None
         raise
+
+
+def _start_policy(cell: Cell, env: VecEnv) -> AffineBackup:
+    """``start: backup`` or ``zero``, as a module. ValueError if the task has no such thing."""
+    if cell.start == "zero":
+        if not isinstance(env.action_space, Box) or not isinstance(env.observation_space, Box):
+            raise ValueError(f"start: 'zero' needs Box observations and actions, and {cell.task} has others; use 'random'")
+        return AffineBackup(np.zeros((int(np.prod(env.action_space.shape)), int(np.prod(env.observation_space.shape)))))
+    task = getattr(env.unwrapped, "task", None)
+    if task is None:
+        raise ValueError(
+            f"start: 'backup' needs a task with a backup controller, and {cell.task} has none; use 'zero' or 'random'"
+        )
+    return AffineBackup(*task.backup_gain())
 
 
 def _config_fields(agent_class: type[Any]) -> set[str]:

@@ -47,7 +47,7 @@ class Cell(_Strict):
     seed: int = Field(ge=0)
     steps: int = Field(ge=1)
     """Budget of interaction steps."""
-    start: Literal["backup", "random"] = "random"
+    start: Literal["backup", "zero", "random"] = "random"
     num_envs: int = Field(1, ge=1)
     evaluation_episodes: int = Field(10, ge=1)
     """Held-out episodes per deterministic evaluation."""

@@ -15,7 +15,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from scpo_bench.benchmark import run_folder
-from scpo_bench.harness import run_cell
+from scpo_bench.harness import make_agent, make_training_env, run_cell
 from scpo_bench.launch.local import LaunchError, run_cells
 from scpo_bench.recorder import Evaluator, RecordingVecEnv
 from scpo_bench.records import Cell, RecordError, digest, read_run, read_updates
@@ -286,3 +286,15 @@ def test_damaged_records_are_named(tmp_path):
     (tmp_path / "run.json").write_text("[" * 100_000)
     with pytest.raises(RecordError, match=r"run\.json"):
         read_run(tmp_path)
+
+
+@pytest.mark.parametrize("agent", ["ppo", "scpo-ppo", "ppo-lagrangian", "cpo", "cvpo"])
+def test_start_zero_is_action_zero_everywhere(agent):
+    """``start: zero``: every agent's untrained policy stands still, whatever it sees."""
+    cell = Cell(agent=agent, task="SafetySwimmerVelocity-v1", seed=0, steps=1, start="zero", num_envs=1, cost_limit=25.0)
+    env = make_training_env(cell)
+    try:
+        observations = np.random.default_rng(0).normal(size=(5, *env.observation_space.shape)).astype(np.float32)
+        assert not make_agent(cell, env).predict(observations, deterministic=True)[0].any()
+    finally:
+        env.close()
