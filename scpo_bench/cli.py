@@ -202,9 +202,10 @@ def plot(
         Path | None, typer.Option("--output", "-o", help="Folder for the figures [default: RESULTS/SUITE/plots].")
     ] = None,
     format: Annotated[str, typer.Option(help="png, svg or pdf (comma-separated).")] = "png",
+    file: FileOption = None,
 ) -> None:
-    """Figures per update: objective, worst constraint value, violations; SCPO's certificate against what was realised."""
-    from scpo_bench.benchmark import BenchmarkError
+    """Figures per update (objective, worst constraint value, violations), SCPO's certificate, and the performance profile."""
+    from scpo_bench.benchmark import BenchmarkError, cells
     from scpo_bench.leaderboard import plots
 
     formats = tuple(format.split(","))
@@ -213,7 +214,9 @@ def plot(
             raise BenchmarkError(f"--format: expected png, svg or pdf, got '{name}'")
     if not (results / suite).is_dir():
         raise BenchmarkError(f"no records of suite '{suite}' in '{results}'")
-    for path in plots.plot_suite(results, suite, output or results / suite / "plots", formats):
+    suites = _benchmarks(file).suites
+    planned = cells(suites[suite]) if suite in suites else None
+    for path in plots.plot_suite(results, suite, output or results / suite / "plots", formats, planned):
         typer.echo(path)
 
 
@@ -317,7 +320,9 @@ def _json_object(option: str, text: str) -> dict[str, Any]:
 
 @app.command()
 def falsify(
-    task: Annotated[str, typer.Option(help="known-smoothness, or a labelled task of pure-function dynamics.")] = "known-smoothness",
+    task: Annotated[
+        str, typer.Option(help="known-smoothness, or a labelled task of pure-function dynamics.")
+    ] = "known-smoothness",
     seeds: Annotated[int, typer.Option(min=1)] = 3,
     updates: Annotated[int, typer.Option(min=1, help="Updates per seed whose policies are examined.")] = 40,
     output: Annotated[Path, typer.Option(help="Folder for the figure and the counterexample.")] = Path("falsify"),
@@ -345,7 +350,9 @@ def falsify(
     for factor, (breaches, steps) in report.by_factor().items():
         typer.echo(f"{factor:12g}  {breaches:8} of {steps:6}  {100 * breaches / max(steps, 1):5.1f} %")
     for rule, (breaches, of) in report.rules.items():
-        typer.echo(f"the agent, certified mode, {rule} L: {breaches} breaches in {of} updates, {100 * breaches / max(of, 1):.1f} %")
+        typer.echo(
+            f"the agent, certified mode, {rule} L: {breaches} breaches in {of} updates, {100 * breaches / max(of, 1):.1f} %"
+        )
     name = "".join(c if c.isalnum() or c in "-_." else "." for c in task)
     search.draw(report, output / f"{name}.png")
     typer.echo(f"figure: {output / f'{name}.png'}")

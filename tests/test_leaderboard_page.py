@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic_records import GOAL, IMITATION, REFERENCES, synthetic_cell, synthetic_updates, write_record, write_suite
+from synthetic_records import (
+    GOAL,
+    IMITATION,
+    REFERENCES,
+    REGRESSION,
+    synthetic_cell,
+    synthetic_updates,
+    write_record,
+    write_suite,
+)
 
 from scpo_bench.leaderboard.page import MAX_POINTS, embedded_json, render_page
 
@@ -256,6 +265,25 @@ def test_it_draws_table_and_figures(shown):
     assert "2 of 4 seeds" not in shown.value("document.body.textContent")
     assert "1 of 4 seeds not finished" in shown.value("document.body.textContent")
     assert shown.complaints == []
+
+
+@needs_browser
+def test_performance_profile(browser, tmp_path):
+    """Several normalised tasks: a chart with a line and a band per agent, which says its values and follows the filter."""
+    write_suite(tmp_path, "s", (IMITATION, REGRESSION), ("scpo", "sgd"), seeds=3, updates=4)
+    path = tmp_path / "page.html"
+    path.write_text(render_page(tmp_path, "s", references=REFERENCES), encoding="utf-8")
+    browser.complaints.clear()
+    browser.resize(1400, 900, phone=False)
+    browser.open(path)
+    assert "Performance profile" in browser.value("document.querySelector('#all-tasks figcaption').textContent")
+    assert browser.value("document.querySelectorAll('#all-tasks figure path').length") == 4
+    focus(browser, "#all-tasks figure svg")
+    browser.press("ArrowRight")
+    assert browser.value("document.querySelector('#all-tasks .readout').textContent").endswith(" %: sgd 100; scpo 100")
+    browser.value("document.querySelector('#agents input').click()")
+    assert browser.value("document.querySelectorAll('#all-tasks figure path').length") == 2
+    assert browser.complaints == []
 
 
 @needs_browser

@@ -6,7 +6,16 @@ import sys
 
 import numpy as np
 import pytest
-from synthetic_records import GOAL, IMITATION, REFERENCES, synthetic_cell, synthetic_updates, write_record, write_suite
+from synthetic_records import (
+    GOAL,
+    IMITATION,
+    REFERENCES,
+    REGRESSION,
+    synthetic_cell,
+    synthetic_updates,
+    write_record,
+    write_suite,
+)
 
 from scpo_bench.leaderboard import plots
 from scpo_bench.leaderboard.curves import RunCurves, band, robust_range, share, stack
@@ -93,6 +102,28 @@ def test_tasks_with_a_cost_limit_show_cost_against_it():
     figure = task_figure(GOAL, {"sgd": curves("sgd", 2, task=GOAL)}, agent_style(["sgd"]), {})
     assert "Cost" in figure.axes[1].get_title()
     assert any(set(line.get_ydata()) == {25.0} for line in figure.axes[1].get_lines())
+
+
+def test_performance_profile_of_a_suite(tmp_path, monkeypatch):
+    """With several normalised tasks there is one more figure: a falling line and a band for each agent. A planned agent
+    without records is in it, at the floor.
+    """
+    write_suite(tmp_path, "s", (IMITATION, REGRESSION), ("scpo", "sgd"), seeds=3, updates=6)
+    monkeypatch.setattr(plots, "load_references", lambda: REFERENCES)
+    planned = [synthetic_cell("ppo", task, seed, 6) for task in (IMITATION, REGRESSION) for seed in range(3)]
+    drawn = []
+    original = plots.profile_figure
+    monkeypatch.setattr(plots, "profile_figure", lambda *given: drawn.append(original(*given)) or drawn[0])
+    assert plot_suite(tmp_path, "s", tmp_path / "out", planned=planned)[-1].name == "profile.png"
+    axes = drawn[0].axes[0]
+    lines = {line.get_label(): line for line in axes.get_lines()}
+    assert set(lines) == {"scpo", "sgd", "ppo"}
+    assert lines["scpo"].get_color() == plots.COLOURS[0]
+    assert len(axes.collections) == 3
+    for line in lines.values():
+        assert (np.diff(line.get_ydata()) <= 0).all()
+    assert lines["scpo"].get_ydata()[0] == 100
+    assert lines["ppo"].get_ydata().sum() < lines["scpo"].get_ydata().sum()
 
 
 def test_breaches_of_the_certificate_are_marked():

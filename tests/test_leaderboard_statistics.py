@@ -113,7 +113,30 @@ def test_probability_of_improvement_edges():
 def test_performance_profile_by_hand():
     """Share strictly above, per task, then averaged: tasks with more seeds weigh no more."""
     profile = performance_profile([[0.0, 1.0], [0.5, 0.5, 2.0, 2.0]], [0.0, 0.5, 1.0, 3.0])
-    assert profile.tolist() == pytest.approx([(0.5 + 1) / 2, (0.5 + 0.5) / 2, (0 + 0.5) / 2, 0.0])
+    assert profile.thresholds == [0.0, 0.5, 1.0, 3.0]
+    assert profile.share == pytest.approx([(0.5 + 1) / 2, (0.5 + 0.5) / 2, (0 + 0.5) / 2, 0.0])
+
+
+def test_performance_profile_band_by_hand():
+    """Two seeds, of which one scores above: a resample holds 0, 1 or 2 of it with chances 1/4, 1/2, 1/4, so the 95 %
+    interval is everything and the 40 % one a single point. Where all seeds agree there is no spread.
+    """
+    scores, thresholds = [[0.0, 1.0]], [-1.0, 0.5, 2.0]
+    wide = performance_profile(scores, thresholds)
+    assert (wide.share, wide.low, wide.high) == ([1.0, 0.5, 0.0], [1.0, 0.0, 0.0], [1.0, 1.0, 0.0])
+    narrow = performance_profile(scores, thresholds, level=0.4)
+    assert (narrow.low, narrow.high) == ([1.0, 0.5, 0.0], [1.0, 0.5, 0.0])
+    assert performance_profile(scores, thresholds) == wide  # and repeats exactly
+    # Twenty seeds: the binomial distribution's quantiles; 12 of 20 above, so 0.6 -+ about 1.96 sqrt(0.6 0.4 / 20).
+    twenty = performance_profile([[0.0] * 8 + [1.0] * 12], [0.5])
+    assert twenty.low == pytest.approx([0.4], abs=0.051)
+    assert twenty.high == pytest.approx([0.8], abs=0.051)
+    # Stratified: a task whose seeds agree keeps its half of the average.
+    assert performance_profile([[0.0, 1.0], [1.0, 1.0]], [0.5]).low == [0.5]
+    single = performance_profile([[0.0]], [0.5])
+    assert single.share == [0.0]
+    assert np.isnan([*single.low, *single.high]).all()
+    assert np.isnan(performance_profile([], [0.5]).share).all()
 
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 10), (10, 10), (5, 10), (19, 20), (1, 3)])

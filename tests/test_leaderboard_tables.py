@@ -274,7 +274,11 @@ def test_aggregates_over_tasks(runs, table):
     chance = aggregates["ppo"].improvement["sgd"].value + aggregates["sgd"].improvement["ppo"].value
     assert chance == pytest.approx(1.0)
     assert aggregates["scpo"].clean_runs.value == 1.0
-    assert aggregates["scpo"].profile == sorted(aggregates["scpo"].profile, reverse=True)
+    profile = aggregates["scpo"].profile
+    assert profile.share == sorted(profile.share, reverse=True)
+    assert all(low <= share <= high for low, share, high in zip(profile.low, profile.share, profile.high))
+    shown = json.loads(render(table, "json"))["aggregates"]["synthetic"]
+    assert all(set(a["profile"]) == {"thresholds", "share", "low", "high"} for a in shown)
     assert "synthetic" in table.attrs["aggregates"]
     twice = pd.concat([runs, runs.assign(suite="other")])
     with pytest.raises(ValueError, match="one suite at a time"):

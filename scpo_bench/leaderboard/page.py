@@ -21,7 +21,17 @@ import pandas as pd
 from scpo_bench.leaderboard.curves import RunCurves, band, robust_range, share
 from scpo_bench.leaderboard.page_assets import BODY, SCRIPT, STYLE
 from scpo_bench.leaderboard.render import headline, notes, plain_aggregates, plain_rows, printable, tasks
-from scpo_bench.leaderboard.tables import COLUMNS, VERDICTS, Record, leaderboard, load, reference_of, setup_of
+from scpo_bench.leaderboard.tables import (
+    COLUMNS,
+    VERDICTS,
+    Aggregate,
+    Record,
+    leaderboard,
+    load,
+    profile_range,
+    reference_of,
+    setup_of,
+)
 from scpo_bench.records import Cell
 from scpo_bench.references import load_references
 
@@ -65,6 +75,7 @@ def render_page(
         "rows": [{**row, **cells} for row, cells in zip(plain_rows(table), _row_details(table, runs))],
         "figures": _figures(curves, table, references),
         "aggregates": plain_aggregates(table),
+        "profiles": {suite: _profile(found) for suite, found in table.attrs["aggregates"].items()},
         "notes": notes(table),
     }
     return _assemble(str(content["title"]), content)
@@ -214,6 +225,23 @@ def _panel(title: str, lines: list[dict[str, Any] | None], **more: Any) -> Panel
     shown = robust_range(values, always)
     low, high, largest = shown if shown is not None else (0.0, 1.0, None)
     return {"title": title, "lines": drawn, "low": _rounded(low), "high": _rounded(high), "largest": largest, **more}
+
+
+def _profile(aggregates: list[Aggregate]) -> Panel:
+    """The performance profile over all tasks of a suite, in percent."""
+    drawn = profile_range(aggregates)
+    lines = [
+        {"name": a.agent}
+        | {
+            key: _list(100 * np.array(values[drawn]))
+            for key, values in (
+                ("x", a.profile.thresholds), ("y", a.profile.share), ("low", a.profile.low), ("high", a.profile.high),
+            )
+        }
+        for a in aggregates
+    ]  # fmt: skip
+    title = "Performance profile: share of runs that close more of the gap, %"
+    return {"title": title, "lines": lines, "low": 0.0, "high": 100.0, "x_title": "more than this % of the gap closed"}
 
 
 def _panels(groups: Groups, references: dict[str, dict[str, Any]]) -> list[Panel]:

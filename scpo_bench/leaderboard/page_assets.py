@@ -305,7 +305,7 @@ function path(points, steps) {
 function lineChart(panel, styleOf) {
   const lines = panel.lines.filter(line => styleOf(line.name) !== null);
   const xs = panel.lines.flatMap(line => line.x);
-  const f = frame(panel.title, [Math.min(...xs), Math.max(...xs)], "", "policy update", [panel.low, panel.high]);
+  const f = frame(panel.title, [Math.min(...xs), Math.max(...xs)], "", panel.x_title || "policy update", [panel.low, panel.high]);
   if (panel.boundary !== undefined && panel.boundary !== null) {
     const y = Math.max(f.top, Math.min(f.bottom, f.py(panel.boundary)));
     f.plot.append(make("rect", { class: "forbidden", x: f.left, y: f.top, width: f.right - f.left, height: Math.max(0, y - f.top), opacity: .07 }));
@@ -344,7 +344,7 @@ function withCursor(f, panel, lines) {
   const cursor = make("line", { class: "cursor", y1: f.top, y2: f.bottom, visibility: "hidden" });
   f.svg.append(cursor);
   f.svg.setAttribute("tabindex", "0");
-  f.svg.setAttribute("aria-label", `${panel.title}. Arrow keys move along the updates.`);
+  f.svg.setAttribute("aria-label", `${panel.title}. Arrow keys move along the horizontal axis.`);
   const stops = [...new Set(lines.flatMap(line => line.x))].sort((a, b) => a - b);
   let at = null;
   const show = i => {
@@ -353,7 +353,7 @@ function withCursor(f, panel, lines) {
     const x = stops[at];
     cursor.setAttribute("x1", f.px(x)); cursor.setAttribute("x2", f.px(x)); cursor.setAttribute("visibility", "visible");
     const parts = lines.map(line => [line.name, line.y[line.x.indexOf(x)]]).filter(([, y]) => y !== undefined && y !== null);
-    readout.textContent = `Update ${x}: ` + parts.map(([name, y]) => `${name} ${number(y)}`).join("; ");
+    readout.textContent = (panel.x_title ? `Above ${x} %: ` : `Update ${x}: `) + parts.map(([name, y]) => `${name} ${number(y)}`).join("; ");
   };
   const hide = () => { cursor.setAttribute("visibility", "hidden"); readout.textContent = ""; at = null; };
   f.svg.addEventListener("pointermove", event => {
@@ -440,6 +440,9 @@ function drawAggregates() {
     const shown = aggregates.filter(a => state.agents.has(a.agent));
     if (!shown.length) continue;
     place.append(make("h2", {}, `All tasks of ${suite} with committed constants`));
+    const profileStyle = name => state.agents.has(name) ? data.agents.indexOf(name) : null;
+    place.append(legend(shown.map(a => a.agent), profileStyle),
+      make("div", { class: "charts" }, lineChart(data.profiles[suite], profileStyle)));
     const labels = ["Agent", "Tasks", "Runs without violation", "Gap closed (IQM)", ...shown.map(a => `Chance to beat ${a.agent}`)];
     const rows = shown.map(a => [a.agent, String(a.tasks), show(a.clean_runs), show(a.score),
       ...shown.map(b => b.agent in a.improvement ? show(a.improvement[b.agent]) : UNKNOWN)]);

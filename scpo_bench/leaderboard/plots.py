@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,8 @@ import numpy as np
 
 from scpo_bench.leaderboard.curves import RunCurves, band, robust_range, share, stack
 from scpo_bench.leaderboard.render import printable
-from scpo_bench.leaderboard.tables import read_records, reference_of, setup_of
+from scpo_bench.leaderboard.tables import Aggregate, Record, leaderboard, load, profile_range, reference_of, setup_of
+from scpo_bench.records import Cell
 from scpo_bench.references import load_references
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
 FORMATS = ("png", "svg", "pdf")
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 9.0,
     "axes.titlesize": 9.5,
     "axes.titlelocation": "left",
@@ -61,50 +62,66 @@ def file_stem(name: str) -> str:
     return "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in name).strip("-")[:100] or "unnamed"
 
 
-def plot_suite(results: Path, suite: str, out_dir: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
+def plot_suite(
+    results: Path, suite: str, out_dir: Path, formats: Sequence[str] = ("png",), planned: Sequence[Cell] | None = None
+) -> list[Path]:
     """Draw every task of a suite into ``out_dir``; the paths written, tasks in order.
 
     Per task ``<task>.<format>``: objective (or return), worst constraint value (or cost), and share of seeds whose
     iterate violates, per update, median and quartiles over seeds. For each agent that records a certificate also
-    ``<task>-certificate-<agent>.<format>``. ValueError for a format other than png, svg and pdf.
+    ``<task>-certificate-<agent>.<format>``. Over several tasks with committed constants ``profile.<format>``, in which
+    ``planned`` cells without a record count at the floor. ValueError for a format other than png, svg and pdf.
     """
     unknown = [name for name in formats if name not in FORMATS]
     if unknown:
         raise ValueError(f"formats: expected some of {', '.join(FORMATS)}, got {unknown[0]!r}")
     by_task: dict[str, Groups] = defaultdict(lambda: defaultdict(list))
-    for record in read_records(results, suite):
+    references = load_references()
+
+    def keep(record: Record) -> None:
         if record.updates and record.problem is None:
             cell = record.run.cell
             curves = RunCurves.of(cell, record.run.status, record.updates)
             by_task[cell.task][cell.agent].append(curves)
-    agents = {agent for groups in by_task.values() for agent in groups}
+
+    aggregates = leaderboard(load(results, suite, planned, references, keep)).attrs["aggregates"].get(suite, [])
+    agents = {agent for groups in by_task.values() for agent in groups} | {a.agent for a in aggregates}
     styles = agent_style(sorted(agents))
-    references = load_references()
 
     import matplotlib
 
     written: list[Path] = []
     taken: set[str] = set()
     out_dir.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context(_STYLE):
-        for task, groups in sorted(by_task.items()):
-            groups = _by_setup(groups)
-            figures = [(file_stem(task), task_figure(task, groups, styles, references))]
-            for agent, runs in groups.items():
-                if any(run.constraints() for run in runs):
-                    stem = f"{file_stem(task)}-certificate-{file_stem(agent)}"
-                    figures.append((stem, certificate_figure(task, agent, runs)))
-            for stem, figure in figures:
-                while stem in taken:  # two names may differ only in characters that file names cannot have
-                    stem += "-"
-                taken.add(stem)
-                for name in formats:
-                    path = out_dir / f"{stem}.{name}"
-                    # No time stamps inside: the same records make the same file.
-                    metadata: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(name, {})
-                    figure.savefig(path, metadata=metadata)
-                    written.append(path)
+    with matplotlib.rc_context(STYLE):
+        for stem, figure in _figures(by_task, aggregates, styles, references):
+            while stem in taken:  # two names may differ only in characters that file names cannot have
+                stem += "-"
+            taken.add(stem)
+            for name in formats:
+                path = out_dir / f"{stem}.{name}"
+                # No time stamps inside: the same records make the same file.
+                metadata: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(name, {})
+                figure.savefig(path, metadata=metadata)
+                written.append(path)
     return written
+
+
+def _figures(
+    by_task: dict[str, Groups],
+    aggregates: list[Aggregate],
+    styles: dict[str, dict[str, Any]],
+    references: dict[str, dict[str, Any]],
+) -> Iterator[tuple[str, Figure]]:
+    """(stem of the file name, figure), one at a time: a large suite's figures together would fill the memory."""
+    for task, groups in sorted(by_task.items()):
+        groups = _by_setup(groups)
+        yield file_stem(task), task_figure(task, groups, styles, references)
+        for agent, runs in groups.items():
+            if any(run.constraints() for run in runs):
+                yield f"{file_stem(task)}-certificate-{file_stem(agent)}", certificate_figure(task, agent, runs)
+    if aggregates:
+        yield "profile", profile_figure(aggregates, styles)
 
 
 def _by_setup(groups: Groups) -> Groups:
@@ -232,6 +249,32 @@ def task_figure(task: str, groups: Groups, styles: dict[str, dict[str, Any]], re
     order = sorted(range(len(labels)), key=lambda i: (labels[i] != "scpo", labels[i]))
     figure.legend(
         [handles[i] for i in order], [labels[i] for i in order], loc="outside lower center", ncols=max(1, min(6, len(labels))),
+        handlelength=3.2,
+    )  # fmt: skip
+    return figure
+
+
+def profile_figure(aggregates: Sequence[Aggregate], styles: dict[str, dict[str, Any]]) -> Figure:
+    """Performance profile: which share of an agent's runs closes more than so much of the gap, with its pointwise band."""
+    figure, panels = _figure(1, 1, 5.6, 3.6)
+    axes, drawn = panels[0, 0], profile_range(aggregates)
+    for i, a in enumerate(sorted(aggregates, key=lambda a: (a.agent == "scpo", a.agent))):  # SCPO last, so on top
+        style = _style_of(styles, a.agent, i)
+        curves = (a.profile.thresholds, a.profile.share, a.profile.low, a.profile.high)
+        closed, share, low, high = (100 * np.array(values[drawn]) for values in curves)
+        axes.fill_between(closed, low, high, color=style["color"], alpha=0.18, linewidth=0)
+        axes.plot(closed, share, label=printable(a.agent), **style)
+    tasks = max(a.tasks for a in aggregates)
+    axes.set_title(f"Performance profile over {tasks} tasks: runs that close more of the gap")
+    axes.set_xlabel("more than this share of the gap closed")
+    axes.set_ylim(-3, 103)
+    axes.set_yticks([0, 25, 50, 75, 100], ["0 %", "25 %", "50 %", "75 %", "100 %"])
+    axes.xaxis.set_major_formatter("{x:.0f} %")
+    axes.margins(x=0.01)
+    handles, labels = axes.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda i: (labels[i] != "scpo", labels[i]))
+    figure.legend(
+        [handles[i] for i in order], [labels[i] for i in order], loc="outside lower center", ncols=max(1, min(4, len(labels))),
         handlelength=3.2,
     )  # fmt: skip
     return figure

@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pandas as pd
@@ -409,7 +409,7 @@ def plain_aggregates(table: pd.DataFrame) -> dict[str, list[Row]]:
                 "clean_runs": _plain_estimate(a.clean_runs),
                 "score": _plain_estimate(a.score),
                 "improvement": {other: _plain_estimate(e) for other, e in a.improvement.items()},
-                "profile": a.profile,
+                "profile": {name: [_plain("", value) for value in values] for name, values in asdict(a.profile).items()},
             }
             for a in aggregates
         ]

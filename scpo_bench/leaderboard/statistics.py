@@ -134,12 +134,43 @@ def probability_of_improvement(
     return Estimate(value, *_interval([*xs, *ys], statistic, seed, level, resamples))
 
 
-def performance_profile(scores: Sequence[npt.ArrayLike], thresholds: npt.ArrayLike) -> Floats:
-    """[thresholds] share of runs, averaged over tasks, that score above each threshold. scores: per task [seeds]."""
+@dataclass(frozen=True)
+class Profile:
+    """A performance profile: at each threshold the share of runs that score above it, and its pointwise 95 % interval.
+
+    Lists are [thresholds]; low and high are nan where a task has a single seed.
+    """
+
+    thresholds: list[float]
+    share: list[float]
+    low: list[float]
+    high: list[float]
+
+
+def performance_profile(
+    scores: Sequence[npt.ArrayLike],
+    thresholds: npt.ArrayLike,
+    *,
+    seed: int = SEED,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+) -> Profile:
+    """Share of runs, averaged over tasks, that score above each threshold, with a percentile band of the bootstrap
+    stratified by task. scores: per task [seeds]; thresholds: [thresholds].
+
+    Raises ValueError for nan. Shares are nan without scores.
+    """
     strata, tau = _strata(scores), np.asarray(thresholds, dtype=float)
-    if not strata:
-        return np.full(tau.shape, math.nan)
-    return np.mean([(s[:, None] > tau[None, :]).mean(axis=0) for s in strata], axis=0)
+    unknown = np.full(tau.shape, math.nan)
+    above = [(s[:, None] > tau[None, :]).astype(float) for s in strata]  # per task [seeds, thresholds]
+    share = np.mean([a.mean(axis=0) for a in above], axis=0) if above else unknown
+    low = high = unknown
+    if above and all(len(a) > 1 for a in above):
+        rng = np.random.default_rng(seed)
+        # How often each seed is drawn is all that a resample is.
+        drawn = [rng.multinomial(len(a), np.full(len(a), 1 / len(a)), size=resamples) @ a / len(a) for a in above]
+        low, high = np.quantile(np.mean(drawn, axis=0), [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return Profile(tau.tolist(), share.tolist(), low.tolist(), high.tolist())
 
 
 def wilson(successes: int, trials: int, level: float = 0.95) -> Estimate:

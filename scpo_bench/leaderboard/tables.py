@@ -24,6 +24,7 @@ from scpo_bench.leaderboard.metrics import measure
 from scpo_bench.leaderboard.statistics import (
     PRELIMINARY_BELOW,
     Estimate,
+    Profile,
     censored_quantile,
     iqm_interval,
     mean_interval,
@@ -526,11 +527,19 @@ class Aggregate:
     """IQM of the gap closed, over seeds and tasks, with its stratified bootstrap interval."""
     improvement: dict[str, Estimate]
     """other agent -> chance that a run of this one scores higher, over the tasks that both have."""
-    profile: list[float]
+    profile: Profile
     """Share of runs above each of :data:`PROFILE_THRESHOLDS`."""
 
 
-PROFILE_THRESHOLDS = tuple(float(t) for t in np.round(np.linspace(-0.5, 1.0, 31), 4))
+PROFILE_THRESHOLDS = tuple(float(t) for t in np.round(np.linspace(-0.5, 1.2, 171), 4))
+
+
+def profile_range(aggregates: Sequence[Aggregate]) -> slice:
+    """The thresholds worth drawing: from a little before the first agent's profile falls to where the last one has fallen."""
+    shares = np.array([a.profile.share for a in aggregates])
+    falling = np.flatnonzero(((shares < 1) & (shares > 0)).any(axis=0) | (np.ptp(shares, axis=0) > 0))
+    first, last = (falling[0], falling[-1]) if falling.size else (0, len(PROFILE_THRESHOLDS) - 1)
+    return slice(max(0, int(first) - 10), int(last) + 2)
 
 
 def aggregate(runs: pd.DataFrame) -> list[Aggregate]:
@@ -556,5 +565,5 @@ def aggregate(runs: pd.DataFrame) -> list[Aggregate]:
         of_agent = clean[scored["agent"] == agent]
         share = wilson(int(of_agent.sum()), len(of_agent))
         score = iqm_interval(list(own.values()))
-        found.append(Aggregate(agent, len(own), share, score, improvement, profile.tolist()))
+        found.append(Aggregate(agent, len(own), share, score, improvement, profile))
     return sorted(found, key=lambda a: (-a.score.value, a.agent))
