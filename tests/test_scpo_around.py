@@ -23,6 +23,7 @@ from torch import nn
 import scpo_bench  # noqa: F401 - registers the tasks
 from scpo_bench import falsify
 from scpo_bench.baselines.cvpo import CVPO
+from scpo_bench.baselines.ppo_lagrangian import PPOLagrangian
 from scpo_bench.policies import AffineBackup, BackupActorCriticPolicy
 from scpo_bench.scpo.agent import SCPO
 from scpo_bench.scpo.around import ProjectedOptimizer, ProjectedPPO, cost_gradient, projected
@@ -73,6 +74,7 @@ def small_net():
 ALGORITHMS = {
     "ppo": (PPO, {"n_steps": 40, "batch_size": 40, "n_epochs": 3, **small_net()}, 400),
     "a2c": (A2C, {"n_steps": 20, **small_net()}, 400),
+    "ppo-lagrangian": (PPOLagrangian, {"steps_per_update": 80}, 400),
     "sac": (SAC, {"learning_starts": 50, "train_freq": 50, "gradient_steps": 20, "batch_size": 32, **small_net()}, 400),
     "cvpo": (
         CVPO,
