@@ -59,7 +59,7 @@ class SCPO(GradientDescent):
     """
 
     Config: ClassVar[type[GradientDescentConfig]] = SCPOConfig
-    config: SCPOConfig  # type: ignore[assignment] - it is one: of both parents
+    config: SCPOConfig
 
     def __init__(self, policy: Any, env: Any, **kwargs: Any) -> None:
         self._evaluator: BatchedEvaluator | None = None

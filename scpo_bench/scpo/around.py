@@ -220,7 +220,7 @@ def projected(algorithm: type[BaseAlgorithm]) -> type[Any]:
                     self._constraints = Exact(self._rollouts.names, self._rollouts)
                 else:
                     make_env = self._make_env or _maker_of(self.env)
-                    workers = self._workers or getattr(self.env.unwrapped, "workers", 1)
+                    workers = int(self._workers or getattr(self.env.unwrapped, "workers", 1))
                     self._rollouts = EpisodeRollouts(
                         make_env, self.weights, config.cost_limit, self.seed or 0, workers, meter
                     )  # fmt: skip
@@ -328,11 +328,8 @@ def cost_gradient(
     starts_TN = buffer.episode_starts.astype(bool)
     ends_TN = np.concatenate([starts_TN[1:], np.asarray(last_starts_N, dtype=bool)[None]])
     with torch.no_grad():
-        phi = (
-            policy.mlp_extractor.forward_critic(policy.extract_features(observations, policy.vf_features_extractor))
-            .double()
-            .numpy()
-        )
+        features: Any = policy.extract_features(observations, policy.vf_features_extractor)
+        phi = policy.mlp_extractor.forward_critic(features).double().numpy()
     phi = np.concatenate([phi, np.ones((len(phi), 1))], axis=1)
     to_go = discounted_sums(costs_TN, ends_TN, gamma).ravel()
     gram = phi.T @ phi

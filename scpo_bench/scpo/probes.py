@@ -39,7 +39,7 @@ class DirectionMemory:
     def candidates(self, w: Floats, kinds: Sequence[Candidate], cost_gradients: Sequence[Floats]) -> list[Floats]:
         """Directions worth probing, best first. w: [d], zero at the start policy; cost_gradients: each [d]."""
         of: dict[Candidate, Sequence[Floats]] = {
-            "normals": self.normals,  # type: ignore[dict-item] - rows
+            "normals": list(self.normals),
             "momentum": [self.momentum],
             "start": [-w],
             "cost": cost_gradients,
