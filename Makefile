@@ -22,8 +22,9 @@ lint: $(INSTALLED)  ## style and types
 	@ln -s $(CURDIR)/scpo_bench/* .typecheck/scpo_bench/ && ln -s $(CURDIR)/envs $(CURDIR)/baselines .typecheck/scpo_bench/
 	MYPYPATH=.typecheck $(BIN)/mypy -p scpo_bench
 
-leaderboard: $(INSTALLED)  ## write the table of the committed records into README.md, and its figures
+leaderboard: $(INSTALLED)  ## write the tables of the committed records into README.md and docs/scpo_rl.md
 	$(BIN)/python -m scpo_bench.leaderboard.readme README.md results paper
+	$(BIN)/python -m scpo_bench.leaderboard.readme docs/scpo_rl.md results scpo-rl
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix scpo_bench envs baselines tests

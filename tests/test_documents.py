@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from scpo_bench.cli import app
@@ -16,10 +17,11 @@ from scpo_bench.leaderboard.verify import verify
 ROOT = Path(__file__).parent.parent
 
 
-def test_committed_leaderboard_is_what_the_records_give():
-    """Nobody edits the table by hand: `make leaderboard` gives this text, and these records are consistent."""
-    assert current((ROOT / "README.md").read_text(encoding="utf-8"), "paper") == generated(ROOT / "results", "paper")
-    report = verify(ROOT / "results" / "paper")
+@pytest.mark.parametrize(("file", "suite"), [("README.md", "paper"), ("docs/scpo_rl.md", "scpo-rl")])
+def test_committed_leaderboards_are_what_the_records_give(file, suite):
+    """Nobody edits a table by hand: `make leaderboard` gives this text, and these records are consistent."""
+    assert current((ROOT / file).read_text(encoding="utf-8"), suite) == generated(ROOT / "results", suite)
+    report = verify(ROOT / "results" / suite)
     assert report.ok, str(report)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from scpo_bench.benchmark import PACKAGED_FILE, cells, load_benchmarks
+from scpo_bench.benchmark import PACKAGED_FILE, cells, load_benchmarks, run_folder
 from scpo_bench.leaderboard.render import render
 from scpo_bench.leaderboard.tables import leaderboard, load
 from scpo_bench.records import write_atomically
@@ -20,11 +20,17 @@ def markers(suite: str) -> tuple[str, str]:
 
 
 def generated(results: Path, suite: str) -> str:
-    """The suite's leaderboard in Markdown, with its planned cells, as it should stand in the file."""
+    """The suite's leaderboard in Markdown, with its planned cells, as it should stand in the file.
+
+    Tasks that nobody has run yet are named below the tables, instead of a table of missing runs each.
+    """
     planned = cells(load_benchmarks(PACKAGED_FILE).suites[suite])
-    table = render(leaderboard(load(results, suite, planned)), "md")
+    begun = {cell.task for cell in planned if run_folder(results, suite, cell).parent.parent.is_dir()}
+    table = render(leaderboard(load(results, suite, [cell for cell in planned if cell.task in begun])), "md")
     # Headings below the file's own sections.
-    return "\n".join("#" + line if line.startswith("##") else line for line in table.strip().splitlines())
+    lines = ["#" + line if line.startswith("##") else line for line in table.strip().splitlines()]
+    left = [task for task in dict.fromkeys(cell.task for cell in planned) if task not in begun]
+    return "\n".join([*lines, f"- no records yet: {', '.join(left)}"] if left else lines)
 
 
 def current(text: str, suite: str) -> str:
