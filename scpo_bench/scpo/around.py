@@ -220,7 +220,7 @@ def projected(algorithm: type[BaseAlgorithm]) -> type[Any]:
                     self._constraints = Exact(self._rollouts.names, self._rollouts)
                 else:
                     make_env = self._make_env or _maker_of(self.env)
-                    workers = int(self._workers or getattr(self.env.unwrapped, "workers", 1))
+                    workers = int(self._workers or getattr(self.env.unwrapped, "workers", None) or 1)
                     self._rollouts = EpisodeRollouts(
                         make_env, self.weights, config.cost_limit, self.seed or 0, workers, meter
                     )  # fmt: skip
