@@ -238,14 +238,15 @@ def test_interrupted_and_running_runs_are_counted(tmp_path):
 
 
 def test_what_did_not_finish_is_told_in_few_lines(tmp_path):
-    """Twenty missing seeds are one line, not twenty; different reasons are different lines."""
+    """Twenty missing seeds are one line, not twenty, and so are two agents without any; different reasons are different lines."""
     assert tables.seed_ranges([5, 0, 2, 1]) == "0-2, 5"
-    planned = [synthetic_cell("sgd", IMITATION, seed, 3) for seed in range(20)]
+    planned = [synthetic_cell(agent, IMITATION, seed, 3) for agent in ("sgd", "cpo", "ppo") for seed in range(20)]
     write_record(tmp_path, "s", planned[7], synthetic_updates(planned[7], 3)[:2], status="failed", error="boom")
     lines = leaderboard(load(tmp_path, "s", planned, REFERENCES)).attrs["unfinished"]
     assert lines == [
         f"sgd on {IMITATION}, seed 7: failed (boom)",
         f"sgd on {IMITATION}, seeds 0-6, 8-19: missing (planned, but there is no record)",
+        f"cpo, ppo on {IMITATION}, seeds 0-19: missing (planned, but there is no record)",
     ]
 
 

@@ -488,15 +488,19 @@ def leaderboard(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _unfinished(runs: pd.DataFrame) -> list[str]:
-    """What did not finish and why, one line for all seeds to which the same happened."""
+    """What did not finish and why, one line for all seeds of a task, and all agents, to which the same happened."""
     unfinished = runs[runs["status"] != "finished"]
     seeds: dict[tuple[str, str, str, str], list[int]] = {}
     for agent, task, seed, status, error in zip(*(unfinished[c] for c in ("agent", "task", "seed", "status", "error"))):
         reason = error if isinstance(error, str) else ""
         seeds.setdefault((agent, task, status, reason), []).append(int(seed))
+    agents: dict[tuple[str, str, str, str], list[str]] = {}
+    for (agent, task, status, reason), own in seeds.items():
+        agents.setdefault((task, seed_ranges(own), status, reason), []).append(agent)
     return [
-        f"{agent} on {task}, seed{'s' * (len(own) > 1)} {seed_ranges(own)}: {status}" + (f" ({reason})" if reason else "")
-        for (agent, task, status, reason), own in seeds.items()
+        f"{', '.join(names)} on {task}, seed{'' if ranges.isdigit() else 's'} {ranges}: {status}"
+        + (f" ({reason})" if reason else "")
+        for (task, ranges, status, reason), names in agents.items()
     ]
 
 
