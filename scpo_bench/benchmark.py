@@ -222,7 +222,7 @@ def cells(suite: Suite, agents: list[str] | None = None, tasks: list[str] | None
     listed = {agent for entry in suite.tasks for agent in entry.agents}
     for agent in agents or []:
         _named("--agents", agent_spec, agent)
-    found = []
+    found: list[Cell] = []
     for entry in suite.tasks:
         if tasks and entry.id not in tasks:
             continue

@@ -67,7 +67,7 @@ class Trivial(gym.Env[Any, Any]):
         return observation, reward, False, self._steps >= HORIZON, info
 
 
-gym.register(TRIVIAL, entry_point=Trivial)
+gym.register(TRIVIAL, entry_point=f"{__name__}:{Trivial.__name__}")
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,11 @@ def check(agent: str, config: dict[str, Any], steps: int, folder: Path, progress
     load_agent(agent)
     spec = agents().get(agent)
     batched = spec is not None and spec.needs_batched
+    # On the trivial task as if there were no limit: agents that begin by regaining safety would learn too late.
+    limit, start = (0.0, "backup") if batched else (float(HORIZON), "random")
     cell = Cell(
-        agent=agent, task=BATCHED if batched else TRIVIAL, seed=0, steps=steps, num_envs=4, evaluation_episodes=16, config=config,
-        cost_limit=0.0 if batched else float(HORIZON),  # as if there were none: agents that begin by regaining safety learn late
-        start="backup" if batched else "random",
+        agent=agent, task=BATCHED if batched else TRIVIAL, seed=0, steps=steps, num_envs=4, evaluation_episodes=16,
+        evaluation_interval=1, config=config, cost_limit=limit, start=start,  # type: ignore[arg-type]
     )  # fmt: skip
     made = _constructs(cell)
     yield made
