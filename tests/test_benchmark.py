@@ -69,7 +69,7 @@ TASK = ("suites", "core", "tasks", 0)
         (changed("suites", "core", "seed", 3), r"suites\.core\.seed: unknown key; did you mean 'seeds'\?"),
         (changed(*TASK, "steps", "many"), r"tasks\[0\]\.steps: input should be a valid integer.*got 'many'"),
         (changed(*TASK, "steps", 0), r"tasks\[0\]\.steps: input should be greater than or equal to 1, got '0'"),
-        (changed(*TASK, "start", "bakcup"), r"tasks\[0\]\.start: input should be 'backup' or 'random'"),
+        (changed(*TASK, "start", "bakcup"), r"tasks\[0\]\.start: input should be 'backup', 'zero' or 'random'"),
         (changed("suites", "core", "config", {"cpo": {}}), r"config: 'cpo' runs in no task of the suite"),
         (changed(*TASK, "config", {"sgd": {}}), r"tasks\[0\]\.config: 'sgd' is not among its agents"),
         (changed(*TASK, "id", "CartPole-v1"), r"tasks\[0\]\.cost_limit: needed, since CartPole-v1"),
