@@ -8,6 +8,7 @@ deterministically, through ``predict``.
 from __future__ import annotations
 
 import copy
+import functools
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -21,14 +22,18 @@ import numpy as np
 import torch
 from stable_baselines3.common.distributions import DiagGaussianDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
-from torch import Tensor
+from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
+from torch import Tensor, nn
 
 from scpo_bench.envs.batched import BatchedTask, BatchedTaskVectorEnv
 from scpo_bench.processes import end_with_parent
 from scpo_bench.scpo.projection import Floats
 from scpo_bench.scpo.rollouts import ProbeMeter
 
-TOGETHER = 4  # episodes of a policy that are played side by side: the unit of work, and the environments that a process holds
+# Observations that a policy is given at once, always: an action must not depend, by rounding, on who else is playing. Also the episodes
+# that are played side by side, the unit of work, where there are several policies; of a single one the unit is half as large, so that
+# two processes have something to share.
+ROWS = 4
 
 
 class PolicyWeights:
@@ -96,17 +101,39 @@ def acting(policy: Any) -> Callable[[Any], Any]:
     """
     policy.set_training_mode(False)
     plain = isinstance(policy, ActorCriticPolicy) and type(getattr(policy, "action_dist", None)) is DiagGaussianDistribution
-    if not plain or not isinstance(policy.observation_space, gym.spaces.Box):
+    if not plain or type(policy.features_extractor) is not FlattenExtractor:
         return lambda observations: policy.predict(observations, deterministic=True)[0]
     low, high = policy.action_space.low, policy.action_space.high
+    mean_action = _mean_action(policy)
 
     def act(observations: Any) -> Any:
-        with torch.no_grad():
-            features = policy.extract_features(torch.as_tensor(observations), policy.pi_features_extractor)
-            mean = policy.action_net(policy.mlp_extractor.forward_actor(features))
+        with torch.inference_mode():
+            mean = mean_action(torch.as_tensor(observations).float().flatten(1))
         return mean.numpy().reshape(-1, *low.shape).clip(low, high)
 
     return act
+
+
+def _mean_action(policy: ActorCriticPolicy) -> Callable[[Tensor], Tensor]:
+    """features [n, f] -> mean actions [n, a]. A plain network's layers are called as functions: modules cost more than their sums."""
+    layers = [*getattr(policy.mlp_extractor, "policy_net", ()), policy.action_net]
+    functions: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {nn.Tanh: torch.tanh, nn.ReLU: torch.relu}
+    if type(policy.mlp_extractor) is not MlpExtractor or not all(type(m) in (*functions, nn.Linear) for m in layers):
+        return lambda features: policy.action_net(policy.mlp_extractor.forward_actor(features))
+    # The weights are written in place, so these references stay those of the policy.
+    calls = [
+        functools.partial(nn.functional.linear, weight=m.weight.detach(), bias=m.bias.detach())
+        if isinstance(m, nn.Linear)
+        else functions[type(m)]
+        for m in layers
+    ]
+
+    def mean(features: Tensor) -> Tensor:
+        for call in calls:
+            features = call(features)
+        return features
+
+    return mean
 
 
 class BatchedRollouts:
@@ -211,8 +238,8 @@ class EpisodeRollouts:
         """y [M, n, k] for policies w [M, d] and n streams."""
         here = self._open()
         seeds = [self._episode_seed(stream) for stream in streams]
-        # The units do not depend on the number of workers, and so neither does an action, which depends on its batch by rounding.
-        units = [(row, seeds[first : first + TOGETHER]) for row in range(len(w)) for first in range(0, len(seeds), TOGETHER)]
+        size = ROWS if len(w) > 1 else ROWS // 2
+        units = [(row, seeds[first : first + size]) for row in range(len(w)) for first in range(0, len(seeds), size)]
         shares = [units[i * len(units) // self._workers : (i + 1) * len(units) // self._workers] for i in range(self._workers)]
         waiting = [self._pool.submit(_play, w, share) for share in shares[1:]] if self._pool else []
         episodes = here.play(w, shares[0])
@@ -262,12 +289,13 @@ class _Player:
 
     def _side_by_side(self, seeds: Sequence[int]) -> list[Episode]:
         envs = [self.env(i) for i in range(len(seeds))]
-        observations = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)])
-        steps, costs = np.zeros(len(seeds), np.int64), np.zeros(len(seeds))
+        starts = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)]
+        observations = np.zeros((ROWS, *starts[0].shape), starts[0].dtype)
+        observations[: len(starts)] = starts
+        steps, costs = [0] * len(seeds), [0.0] * len(seeds)
         worst: list[Any] = [None] * len(seeds)
         going = list(range(len(seeds)))
         while going:
-            # An episode that has ended keeps its row: an action must not depend, by rounding, on who else is still going.
             actions = self._act(observations)
             for i in tuple(going):
                 observations[i], _, terminated, truncated, info = envs[i].step(actions[i])
@@ -278,7 +306,7 @@ class _Player:
                     worst[i] = np.array(values) if worst[i] is None else np.maximum(worst[i], values)
                 if terminated or truncated:
                     going.remove(i)
-        return [Episode(int(n), float(cost), of) for n, cost, of in zip(steps, costs, worst)]
+        return [Episode(n, float(cost), of) for n, cost, of in zip(steps, costs, worst)]
 
     def close(self) -> None:
         for env in self._envs:
