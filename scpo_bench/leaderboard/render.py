@@ -54,6 +54,8 @@ def number(value: float, digits: int = 3) -> str:
         return "never"
     if value == int(value) and abs(value) < 1e6:
         return str(int(value))
+    if 10.0**digits <= abs(value) < 1e6:
+        return f"{value:.0f}"  # 1056 is easier to read than 1.06e+03
     return f"{value:.{digits}g}"
 
 
