@@ -19,6 +19,7 @@ def register_tasks() -> None:
     register_safety_gymnasium()
 
 
-# The command line's --help must not wait for Gymnasium: there the commands that need the tasks register them.
-if os.path.basename(sys.argv[0] if sys.argv else "") != "scpo-bench":
+# The command line's --help must not wait for Gymnasium: there the commands that need the tasks register them. The processes that it
+# starts have its name but already multiprocessing, and register them here: gym.make finds them whatever else was imported.
+if os.path.basename(sys.argv[0] if sys.argv else "") != "scpo-bench" or "multiprocessing" in sys.modules:
     register_tasks()

@@ -1,22 +1,22 @@
 """Environments stepped in several processes at once, as a Stable-Baselines3 VecEnv.
 
-Each process holds several environments: one message per step and process, arrays through shared memory, infos through the pipe. This
-process is one of them: it steps its own share while it would otherwise wait. What is returned does not depend on the number of
-processes, and equals SB3's ``DummyVecEnv``.
+Each process holds several environments: one message per step and process, everything through shared memory. This process is one of
+them: it steps its own share while it would otherwise wait. What is returned does not depend on the number of processes, and equals
+SB3's ``DummyVecEnv``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import pickle
-import select
 import signal
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 import cloudpickle
 import gymnasium as gym
@@ -24,29 +24,65 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
-STEP = b"s"  # the one message that carries nothing else
-SPIN_S = 5e-4  # how long a process looks out for a message before it sleeps: waking up costs more than a short wait
+STEP = b""  # the one message that carries nothing else
+SPIN_S = 1e-3  # how long a process looks out for a message before it sleeps: waking up costs more than a short wait
+NAP_S = 0.2  # how long it sleeps before it looks whether the other end is still there
+ROOM = 1 << 16  # bytes of a message that fit into shared memory
+THROUGH_PIPE = -1  # the length of a longer one
+
+
+class _Post(NamedTuple):
+    """One direction of a line, in shared memory. Ringing the bell takes no system call, and what was written before it is seen after it."""
+
+    bell: Any
+    length: Any
+    memory: Any
+
+    @classmethod
+    def of(cls, context: Any) -> _Post:
+        return cls(context.Semaphore(0), context.RawValue("q", 0), context.RawArray("B", ROOM))
 
 
 class _Line:
-    """One end of a pipe."""
+    """One end of the line between two processes: each message is awaited by the other end before it sends one."""
 
-    def __init__(self, pipe: Connection) -> None:
-        self._pipe = pipe
-        self._poll = select.poll()
-        self._poll.register(pipe.fileno(), select.POLLIN)
+    def __init__(self, pipe: Connection, outgoing: _Post, incoming: _Post) -> None:
+        self._pipe, self._out, self._in = pipe, outgoing, incoming
+        self._written, self._read = (np.frombuffer(post.memory, np.uint8).data for post in (outgoing, incoming))
 
     def send(self, message: bytes) -> None:
-        self._pipe.send_bytes(message)
+        fits = len(message) <= ROOM
+        if fits:
+            self._written[: len(message)] = message
+        self._ring(len(message) if fits else THROUGH_PIPE)
+        if not fits:
+            self._pipe.send_bytes(message)
 
-    def receive(self) -> bytes:
-        """The next message. EOFError when the other end is closed."""
+    def _ring(self, length: int) -> None:
+        self._out.length.value = length
+        self._out.bell.release()
+
+    def receive(self) -> bytes | memoryview:
+        """The next message, to be read before the next is sent. EOFError when the other end is closed."""
         until = time.perf_counter() + SPIN_S
-        while not self._poll.poll(0) and time.perf_counter() < until:
-            pass
-        return self._pipe.recv_bytes()
+        while not self._in.bell.acquire(False):
+            os.sched_yield()  # with more processes than cores, looking out must not hold up what is looked out for
+            if time.perf_counter() > until:
+                self._sleep()
+                break
+        length = self._in.length.value
+        return self._pipe.recv_bytes() if length == THROUGH_PIPE else self._read[:length]
+
+    def _sleep(self) -> None:
+        """Until the bell rings."""
+        while not self._in.bell.acquire(True, NAP_S):
+            if self._pipe.poll():  # the bell rings before a message is in the pipe: news there without it are the end
+                if not self._in.bell.acquire(False):
+                    raise EOFError
+                return
 
     def close(self) -> None:
+        self._ring(THROUGH_PIPE)  # the other end need not sleep on: it finds the pipe closed
         self._pipe.close()
 
 
@@ -100,10 +136,11 @@ class WorkerVecEnv(VecEnv):
         self._processes = []
         for share in elsewhere:
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, sources[share], memory, share), daemon=True)
+            to, back = _Post.of(context), _Post.of(context)
+            process = context.Process(target=_serve, args=(theirs, to, back, sources[share], memory, share), daemon=True)
             process.start()
             theirs.close()
-            self._lines.append(_Line(ours))
+            self._lines.append(_Line(ours, outgoing=to, incoming=back))
             self._processes.append(process)
 
     def _send(self, worker: int, command: str, argument: Any) -> None:
@@ -225,7 +262,8 @@ class _Group:
                 info["terminal_observation"] = observation
                 observation, resets[i] = env.reset()
             self.observations[i] = observation
-            infos.append(info)
+            # Plain numbers: numpy's own are slow to pickle.
+            infos.append({key: value.item() if isinstance(value, np.generic) else value for key, value in info.items()})
         return infos, resets
 
     def close(self) -> None:
@@ -258,11 +296,11 @@ class _Group:
         return False
 
 
-def _serve(pipe: Connection, sources: list[bytes], memory: dict[str, Any], rows: slice) -> None:
+def _serve(pipe: Connection, incoming: _Post, outgoing: _Post, sources: list[bytes], memory: dict[str, Any], rows: slice) -> None:
     """A worker process: answers (True, result) or (False, traceback) until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end closes the pipe
     group: _Group | None = None
-    line = _Line(pipe)
+    line = _Line(pipe, outgoing, incoming)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             message = line.receive()
@@ -274,8 +312,8 @@ def _serve(pipe: Connection, sources: list[bytes], memory: dict[str, Any], rows:
                 else:
                     command, argument = pickle.loads(message)
                     answer = True, getattr(group, command)(argument)
-            except Exception:
-                answer = False, traceback.format_exc()
+            except Exception as failure:
+                answer = False, f"{type(failure).__name__}: {failure}\n{traceback.format_exc()}"
             line.send(cloudpickle.dumps(answer) if message != STEP else pickle.dumps(answer))
     if group is not None:
         group.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-COMMAND = [sys.executable, "-m", "scpo_bench.cli"]
+COMMAND = [str(Path(sys.executable).with_name("scpo-bench"))]  # the script itself: it registers tasks later than an import does
 RUN_SMALL = ["compare", "ppo", "--task", "scpo_bench/HarmfulRegression-v0", "--seeds", "1"]
 
 
@@ -120,3 +121,24 @@ def test_list_and_doctor():
     assert "ppo-lagrangian" in scpo_bench("list", "agents").stdout
     assert "paper" in scpo_bench("list", "suites").stdout
     assert "torch" in scpo_bench("doctor").stdout
+
+
+def test_processes_of_a_run_find_the_tasks(tmp_path):
+    """--workers, from the command: in its processes too the tasks are registered; the record is that of one process."""
+    (tmp_path / "suites.yaml").write_text(
+        """
+version: 1
+suites:
+  tiny:
+    description: two processes
+    seeds: 1
+    config: {ppo: {n_steps: 200}, scpo-ppo: {n_steps: 200, rollouts: 2}}
+    tasks:
+      - {id: SafetyHopperVelocity-v1, agents: [ppo, scpo-ppo], steps: 400, num_envs: 2, evaluation_episodes: 1}
+"""
+    )
+    for workers in (1, 2):
+        scpo_bench("run", "tiny", "--file", "suites.yaml", "--workers", workers, "--results", workers, cwd=tmp_path)
+    one, two = ([json.loads(file.read_text())["digest"] for file in sorted((tmp_path / n).rglob("run.json"))] for n in "12")
+    assert one == two
+    assert len(one) == 2
