@@ -113,8 +113,10 @@ def run(
 
 def _run(todo: list[Any], suite: str, results: Path, jobs: int, workers: int = 1) -> None:
     from scpo_bench.launch.local import run_cells
+    from scpo_bench.processes import sigterm_interrupts
     from scpo_bench.registry import load_agent
 
+    sigterm_interrupts()
     console = _console()
     for name in dict.fromkeys(cell.agent for cell in todo if ":" in cell.agent):
         load_agent(name)  # a mistyped module:Class is one error now, not one per run

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from typing import NoReturn
 
 
 def end_with_parent() -> None:
@@ -18,3 +19,12 @@ def end_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def sigterm_interrupts() -> None:
+    """SIGTERM, which schedulers send before they kill, raises KeyboardInterrupt as Ctrl-C does: files and processes are left in order."""
+    signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt

@@ -32,7 +32,7 @@ THROUGH_PIPE = -1  # the length of a longer one
 
 
 class _Post(NamedTuple):
-    """One direction of a line, in shared memory. Ringing the bell takes no system call, and what was written before it is seen after it."""
+    """One direction of a line, in shared memory. Ringing the bell takes no system call; what was written before it is seen after it."""
 
     bell: Any
     length: Any
@@ -76,7 +76,7 @@ class _Line:
     def _sleep(self) -> None:
         """Until the bell rings."""
         while not self._in.bell.acquire(True, NAP_S):
-            if self._pipe.poll():  # the bell rings before a message is in the pipe: news there without it are the end
+            if self._pipe.poll():  # the bell rings before a message is in the pipe: without it, this is the end
                 if not self._in.bell.acquire(False):
                     raise EOFError
                 return
@@ -145,13 +145,16 @@ class WorkerVecEnv(VecEnv):
 
     def _send(self, worker: int, command: str, argument: Any) -> None:
         """worker: 1 is the first process that is not this one."""
-        self._lines[worker - 1].send(cloudpickle.dumps((command, argument)))
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the answer, which will not come, says it better
+            self._lines[worker - 1].send(cloudpickle.dumps((command, argument)))
 
     def _receive(self, worker: int) -> Any:
         try:
             ok, value = pickle.loads(self._lines[worker - 1].receive())
-        except EOFError:
-            raise WorkerError(f"environments' process {worker} died") from None
+        except (EOFError, ConnectionResetError):
+            process = self._processes[worker - 1]
+            process.join(timeout=1)
+            raise WorkerError(f"environments' process {worker} died with exit code {process.exitcode}") from None
         if not ok:
             raise WorkerError(value)
         return value

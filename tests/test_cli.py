@@ -95,9 +95,11 @@ def test_unsafe_start_is_status_2(tmp_path):
     assert "> 0" in result.stdout
 
 
-def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(tmp_path):
-    """Interrupt a run in the middle: status 130, a readable record, and the next call finishes the work."""
-    arguments = [*COMMAND, *RUN_SMALL, "--steps", "64000", "--results", str(tmp_path), "--jobs", "1"]
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(tmp_path, sent, jobs):
+    """Interrupt a run in the middle: status 130, a readable record, nothing else printed. Schedulers send SIGTERM instead."""
+    arguments = [*COMMAND, *RUN_SMALL, "--steps", "64000", "--results", str(tmp_path), "--jobs", jobs]
     process = subprocess.Popen(
         arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         # Tests started in the background inherit an ignored SIGINT; a user's shell does not ignore it.
@@ -106,10 +108,10 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(tmp_path):
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not any(p.stat().st_size for p in tmp_path.rglob("updates.jsonl")):
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, out + err
-    assert "Traceback" not in err
+    assert not err
     assert "interrupted; nothing is lost" in out
     run_file = next(tmp_path.rglob("run.json"))
     assert '"status": "interrupted"' in run_file.read_text()

@@ -13,7 +13,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 import scpo_bench  # noqa: F401 - registers the tasks
 from scpo_bench.harness import run_cell
 from scpo_bench.records import Cell
-from scpo_bench.worker_env import WorkerError, WorkerVecEnv
+from scpo_bench.worker_env import NAP_S, ROOM, WorkerError, WorkerVecEnv
 
 MAKE = functools.partial(gym.make, "scpo_bench/DoubleIntegratorRegulation-v0")
 
@@ -88,7 +88,7 @@ def test_an_environments_failure_arrives_with_its_traceback():
     still = np.zeros((2, 1), np.float32)
     env.step(still)
     env.step(still)
-    with pytest.raises(WorkerError, match=r"in step\n(.*\n)*ArithmeticError: the third step"):
+    with pytest.raises(WorkerError, match=r"^ArithmeticError: the third step\n(.*\n)*.*in step\n(.*\n)*ArithmeticError: the third step"):
         env.step(still)
     env.close()
     env.close()
@@ -100,13 +100,41 @@ class Steady(Fragile):
     steps = 10
 
 
-def test_processes_end_with_the_environment():
+def test_a_process_that_dies_is_an_error():
+    """Killed, as for lack of memory, while it steps: no waiting for an answer that will not come."""
+    env = WorkerVecEnv([MAKE] * 2, 2)
+    env.reset()
+    env._processes[0].kill()
+    with pytest.raises(WorkerError, match="process 1 died with exit code -9"):
+        env.step(np.zeros((2, *env.action_space.shape), np.float32))
+    with pytest.raises(WorkerError, match="process 1 died with exit code -9"):
+        env.env_method("reset", options={"long": "x" * (ROOM + 1)}, indices=1)
+    env.close()
+
+
+def test_long_messages_and_long_pauses():
+    """What does not fit into the shared memory goes another way, and a process that sleeps is woken."""
+    env = WorkerVecEnv([Steady] * 2, 2)
+    env.reset()
+    time.sleep(2 * NAP_S)
+    for size in (1, ROOM - 200, ROOM, 5 * ROOM):
+        env.set_attr("steps", bytes(size))
+        assert env.get_attr("steps") == [bytes(size)] * 2
+    env.set_attr("steps", 10)
+    assert [info["cost"] for info in env.step(np.zeros((2, 1), np.float32))[3]] == [0.0, 0.0]
+    env.close()
+
+
+@pytest.mark.parametrize("forget", [False, True])
+def test_processes_end_with_the_environment(forget):
     """close() leaves nobody behind, nor does forgetting to call it: the pipe's end tells."""
     before = {p.pid for p in multiprocessing.active_children()}
     env = WorkerVecEnv([MAKE] * 2, 2)
     env.reset()
     assert len({p.pid for p in multiprocessing.active_children()} - before) == 1
-    env.close()
+    if not forget:
+        env.close()
+    del env
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline and {p.pid for p in multiprocessing.active_children()} - before:
         time.sleep(0.05)

@@ -22,7 +22,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from scpo_bench.benchmark import run_folder
-from scpo_bench.processes import end_with_parent
+from scpo_bench.processes import end_with_parent, sigterm_interrupts
 from scpo_bench.records import Cell, RecordError, read_run
 
 BUSY_WAIT_S = 0.5  # between two looks at a cell that another process is running
@@ -175,7 +175,7 @@ def _run_here(cells: list[Cell], suite: str, results: Path, bars: _Bars, env_wor
 def _worker(todo: Any, messages: Any, suite: str, results: Path, env_workers: int) -> None:
     """Takes cells until there are none. Ctrl-C reaches the parent, which stops the workers by SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: _raise_interrupt())
+    sigterm_interrupts()
     end_with_parent()
     with contextlib.suppress(KeyboardInterrupt):
         _take_cells(todo, messages, suite, results, env_workers)
@@ -199,10 +199,6 @@ def _take_cells(todo: Any, messages: Any, suite: str, results: Path, env_workers
 
 def _report(messages: Any, index: int, steps: int, updates: int) -> None:
     messages.put(("progress", index, steps, updates))
-
-
-def _raise_interrupt() -> None:
-    raise KeyboardInterrupt
 
 
 def _run_in_processes(
