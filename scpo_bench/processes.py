@@ -22,7 +22,7 @@ def end_with_parent() -> None:
 
 
 def sigterm_interrupts() -> None:
-    """SIGTERM, which schedulers send before they kill, raises KeyboardInterrupt as Ctrl-C does: files and processes are left in order."""
+    """SIGTERM, which schedulers send before they kill, raises KeyboardInterrupt, as Ctrl-C does."""
     signal.signal(signal.SIGTERM, _interrupt)
 
 
