@@ -87,7 +87,7 @@ class _Line:
 
 
 class WorkerError(RuntimeError):
-    """An environment failed in its process; the message ends with the traceback from there."""
+    """An environment failed in its process: what and why in the first line, the traceback from there in those that follow."""
 
 
 class WorkerVecEnv(VecEnv):
