@@ -1,8 +1,8 @@
 """Environments stepped in several processes at once, as a Stable-Baselines3 VecEnv.
 
-Each process holds several environments: one message per step and process, everything through shared memory. This process is one of
-them: it steps its own share while it would otherwise wait. What is returned does not depend on the number of processes, and equals
-SB3's ``DummyVecEnv``.
+Each process holds several environments: one message per step and process, through shared memory (the longest through a pipe). This
+process is one of them: it steps its own share while it would otherwise wait. What is returned does not depend on the number of
+processes, and has the values of SB3's ``DummyVecEnv``, numpy scalars in infos as plain numbers.
 """
 
 from __future__ import annotations
