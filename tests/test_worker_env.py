@@ -11,9 +11,11 @@ import pytest
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 import scpo_bench  # noqa: F401 - registers the tasks
+from scpo_bench.envs.safety_gymnasium import SafetyVelocityEnv
 from scpo_bench.harness import run_cell
 from scpo_bench.records import Cell
-from scpo_bench.worker_env import NAP_S, ROOM, WorkerError, WorkerVecEnv
+from scpo_bench.shared_line import NAP_S, ROOM
+from scpo_bench.worker_env import WorkerError, WorkerVecEnv
 
 MAKE = functools.partial(gym.make, "scpo_bench/DoubleIntegratorRegulation-v0")
 
@@ -125,6 +127,115 @@ def test_long_messages_and_long_pauses():
     env.close()
 
 
+class Lagging(SafetyVelocityEnv):
+    """In each ten steps slow in one process, in the next ten in the other, so that environments are moved to and fro."""
+
+    fails = False
+    snapshot_functions = SafetyVelocityEnv.snapshot_functions
+
+    def step(self, action):
+        result = super().step(action)
+        if self.fails:
+            raise ArithmeticError("asked for")
+        steps = round(self.data.time / self._inner.dt)
+        if steps // 10 % 2 == (multiprocessing.parent_process() is None):
+            time.sleep(2e-3)
+        return result
+
+
+class Heir(SafetyVelocityEnv):
+    """Could count something."""
+
+
+def lagging(robot, count=4):
+    """Functions that make ``count`` of them."""
+    task = f"Safety{robot}Velocity-v1"
+    spec = gym.envs.registration.EnvSpec("Lagging-v0", Lagging, max_episode_steps=60, kwargs={"env_id": task})
+    return [functools.partial(gym.make, spec) for _ in range(count)]
+
+
+def roll_counting_moves(env, steps, seed=0):
+    """What ``roll`` gives, and how often each environment has moved."""
+    moves, seen = np.zeros(env.num_envs, int), []
+    rng = np.random.default_rng(seed)
+    for _ in range(steps):
+        owners = env._arrays["owners"].copy()
+        seen += roll(env, 1, seed=int(rng.integers(1000)))
+        moves += owners != env._arrays["owners"]
+    return seen, moves
+
+
+@pytest.mark.parametrize("robot", ["Hopper", "Ant", "Humanoid"])
+def test_moved_environments_go_on_identically(robot):
+    """Physics, time limits and generators move along, over ends of episodes, and a checkpoint finds each where it is."""
+    ours, theirs = WorkerVecEnv(lagging(robot), 2), DummyVecEnv(lagging(robot))
+    for env in (ours, theirs):
+        env.seed(5)
+    np.testing.assert_array_equal(ours.reset(), theirs.reset())
+    seen, moves = roll_counting_moves(ours, 150)
+    rng = np.random.default_rng(0)
+    expected = [entry for _ in range(150) for entry in roll(theirs, 1, seed=int(rng.integers(1000)))]
+    assert_equal(seen, expected)
+    assert moves[1] > 2
+    assert moves[3] > 2
+    assert moves[0] == moves[2] == 0
+    copy = pickle.loads(pickle.dumps(ours))
+    expected = roll(theirs, 70, seed=1)
+    assert_equal(roll(ours, 70, seed=1), expected)
+    assert_equal(roll(copy, 70, seed=1), expected)
+    np.testing.assert_array_equal(ours.reset(), theirs.reset())  # without seeds: from where the generators are
+    assert_equal(roll(ours, 70, seed=2), roll(theirs, 70, seed=2))
+    ours.close()
+    copy.close()
+
+
+@pytest.mark.parametrize("kind", ["another function", "a subclass", "a wrapper", "arguments", "a renderer"])
+def test_what_may_have_other_state_is_not_moved(kind):
+    """A function that edits what it makes, a class or a wrapper with state of its own: their copies would not be copies."""
+    task = "SafetyHopperVelocity-v1"
+    make = functools.partial(gym.make, task)
+    wrapped = gym.wrappers.TimeAwareObservation(gym.make(task))
+    makes = {
+        "another function": [lambda: make()] * 4,
+        "a subclass": [functools.partial(gym.make, gym.envs.registration.EnvSpec("S-v0", Heir, kwargs={"env_id": task}))] * 4,
+        "a wrapper": [functools.partial(gym.make, wrapped.spec)] * 4,
+        "arguments": [make, make, make, functools.partial(gym.make, task, max_episode_steps=10)],
+        "a renderer": [functools.partial(gym.make, task, render_mode="rgb_array")] * 4,
+    }[kind]
+    env = WorkerVecEnv(makes, 2)
+    assert not env._arrays["movable"].any()
+    env.close()
+
+
+def test_an_environment_reached_into_stays_where_it_is():
+    """What was set is in no snapshot: the environment, and a pickle's, keeps it and its process."""
+    first = WorkerVecEnv(lagging("Hopper"), 2)
+    first.reset()
+    first.set_attr("mark", "set", indices=[1])
+    for env in (first, pickle.loads(pickle.dumps(first))):
+        _, moves = roll_counting_moves(env, 60)
+        assert moves[1] == 0
+        assert moves[3] > 0
+        assert env.get_attr("mark", indices=[1]) == ["set"]
+        env.close()
+
+
+def test_a_failed_step_leaves_the_others_in_order():
+    """Two environments fail in one step: one error is raised, and what comes after is answers to what is asked then."""
+    env = WorkerVecEnv(lagging("Hopper"), 2)
+    expected = DummyVecEnv(lagging("Hopper"))
+    env.reset()
+    env.set_attr("fails", True, indices=[0, 2])
+    with pytest.raises((ArithmeticError, WorkerError), match="asked for"):
+        roll(env, 1)
+    env.set_attr("fails", False, indices=[0, 2])
+    env.seed(5)
+    expected.seed(5)
+    np.testing.assert_array_equal(env.reset(), expected.reset())
+    assert_equal(roll(env, 30), roll(expected, 30))
+    env.close()
+
+
 @pytest.mark.parametrize("forget", [False, True])
 def test_processes_end_with_the_environment(forget):
     """close() leaves nobody behind, nor does forgetting to call it: the pipe's end tells."""
@@ -151,10 +262,11 @@ def test_image_observations_are_refused_with_the_reason():
         WorkerVecEnv([Worded], 1)
 
 
-def test_record_does_not_depend_on_the_number_of_processes(tmp_path):
-    """The harness, on a task of Safety-Gymnasium: equal digests with one process and with two."""
+@pytest.mark.parametrize("task", ["SafetyPointGoal1-v0", "SafetyHopperVelocity-v1"])
+def test_record_does_not_depend_on_the_number_of_processes(tmp_path, task):
+    """The harness, on tasks of Safety-Gymnasium: equal digests with one process and with two."""
     cell = Cell(
-        agent="cpo", task="SafetyPointGoal1-v0", seed=1, steps=1200, num_envs=4, cost_limit=25.0, normalize=True,
+        agent="cpo", task=task, seed=1, steps=1200, num_envs=4, cost_limit=25.0, normalize=True,
         evaluation_episodes=2, config={"steps_per_update": 400},
     )  # fmt: skip
     runs = [run_cell(cell, tmp_path / str(workers), "s", workers=workers) for workers in (1, 2)]
