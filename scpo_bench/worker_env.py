@@ -252,6 +252,7 @@ class _Group:
         if not self._claims:
             yield from self.envs
             return
+        # A process that is ahead may have changed owners already in this step; what it has taken over cannot be claimed again.
         owners, movable = self._owners.tolist(), self._movable.tolist()
         for i in self.envs:
             if owners[i] == self._process and (not movable[i] or self._claims[i].acquire(False)):
