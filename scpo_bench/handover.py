@@ -6,8 +6,8 @@ It takes microseconds, where pickling takes milliseconds, and so is only for env
     snapshot_functions(memory) -> (write, read)
 
 ``memory`` is float64 [snapshot_size]; ``write()`` puts all that the next step depends on there, and ``read()`` has the environment go
-on from it. Steps draw nothing from ``np_random``, resets may. A class that inherits these two is not moved unless it defines them
-itself: it may have more state than they know of. So may wrappers; only gymnasium's own, which ``make`` adds, are known.
+on from it. Steps draw nothing from ``np_random``, resets may. A class is moved only if it defines ``snapshot_functions`` itself: an
+heir may have more state than those it inherits know of. So may wrappers; only gymnasium's own, which ``make`` adds, are known.
 """
 
 from __future__ import annotations

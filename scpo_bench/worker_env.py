@@ -48,7 +48,7 @@ class WorkerVecEnv(VecEnv):
     def __init__(self, make_envs: Sequence[Callable[[], gym.Env[Any, Any]]], workers: int) -> None:
         with contextlib.closing(make_envs[0]()) as example:
             observation_space, action_space = example.observation_space, example.action_space
-            size = snapshot_size(example)
+            size = snapshot_size(example) if workers > 1 and _alike(make_envs) else 0
         if not isinstance(observation_space, spaces.Box) or not isinstance(action_space, spaces.Box):
             raise ValueError(f"WorkerVecEnv: needs Box observations and actions, got {observation_space}, {action_space}")
         shares = np.array_split(np.arange(len(make_envs)), min(workers, len(make_envs)))
@@ -62,14 +62,9 @@ class WorkerVecEnv(VecEnv):
             "movable": ((), np.dtype(np.bool_)),
             **handover_fields(size),
         }
-        sources = [cloudpickle.dumps(make) for make in make_envs]
-        movable = [False] * len(make_envs)
-        made_alike = len(set(sources)) == 1 and isinstance(make_envs[0], functools.partial) and make_envs[0].func is gym.make
-        if size and made_alike and len(self._shares) > 1:
-            for share in self._shares:  # half of each: enough where one process is three times as fast
-                for i in share[(len(share) + 1) // 2 :]:
-                    movable[i] = True
-        self._start(sources, movable)
+        # Half of each share, the later one: enough where one process is three times as fast.
+        movable = [size > 0 and i >= share.start + (len(share) + 1) // 2 for share in self._shares for i in share]
+        self._start([cloudpickle.dumps(make) for make in make_envs], movable)
         super().__init__(len(make_envs), observation_space, action_space)
 
     @property
@@ -217,6 +212,12 @@ class WorkerVecEnv(VecEnv):
 def _view(memory: Any, shape: tuple[int, ...], dtype: Any) -> Any:
     """Shared memory as an array."""
     return np.frombuffer(memory, dtype=dtype, count=int(np.prod(shape))).reshape(shape)
+
+
+def _alike(make_envs: Sequence[Callable[[], Any]]) -> bool:
+    """Whether all make the same: an environment by its id or spec, not edited afterwards by a function that could do anything."""
+    plain = all(isinstance(make, functools.partial) and make.func is gym.make for make in make_envs)
+    return plain and len({cloudpickle.dumps(make) for make in make_envs}) == 1
 
 
 def _by_index(answers: Sequence[dict[int, Any]]) -> list[Any]:
