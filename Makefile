@@ -17,10 +17,7 @@ test: $(INSTALLED)  ## all tests
 lint: $(INSTALLED)  ## style and types
 	$(BIN)/ruff check scpo_bench envs baselines tests
 	$(BIN)/ruff format --check scpo_bench envs baselines tests
-	@# envs/ and baselines/ are scpo_bench.envs and scpo_bench.baselines: show the type checker the tree as it installs.
-	@rm -rf .typecheck && mkdir -p .typecheck/scpo_bench
-	@ln -s $(CURDIR)/scpo_bench/* .typecheck/scpo_bench/ && ln -s $(CURDIR)/envs $(CURDIR)/baselines .typecheck/scpo_bench/
-	MYPYPATH=.typecheck $(BIN)/mypy -p scpo_bench
+	$(BIN)/mypy -p scpo_bench
 
 leaderboard: $(INSTALLED)  ## write the tables of the committed records into README.md and docs/scpo_rl.md
 	$(BIN)/python -m scpo_bench.leaderboard.readme README.md results paper
@@ -39,4 +36,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .typecheck build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

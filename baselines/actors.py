@@ -1,7 +1,9 @@
-"""The acting half of an SB3 actor-critic policy in NumPy: sampling, log-likelihoods and their gradients, KL, Fisher.
+"""The acting half of an SB3 actor-critic policy in NumPy: sampling, log-likelihoods and their
+gradients, KL, Fisher.
 
-``head`` is what the network outputs per state, [B, A]: the Gaussian's mean (the backup's action included) or logits.
-KL divergences and log-likelihoods are summed over action dimensions and, where said, averaged over states.
+``head`` is what the network outputs per state, [B, A]: the Gaussian's mean (the backup's action
+included) or logits. KL divergences and log-likelihoods are summed over action dimensions and, where
+said, averaged over states.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ LOG_2PI = float(np.log(2 * np.pi))
 
 
 class Actor:
-    """Shared part: the network and, where the policy has one, the backup whose action is added to its output."""
+    """Shared part: the network and, where the policy has one, the backup whose action is added to
+    its output.
+    """
 
     def __init__(self, policy: ActorCriticPolicy, extra: list[nn.Parameter]) -> None:
         self.backup: nn.Module | None = None
@@ -48,7 +52,11 @@ class Actor:
 
     def dist_extra(self) -> Array:
         """A copy of the distribution's parameters that do not depend on the state."""
-        return np.concatenate([e.ravel() for e in self.mlp.extra]) if self.mlp.extra else np.zeros(0, np.float32)
+        return (
+            np.concatenate([e.ravel() for e in self.mlp.extra])
+            if self.mlp.extra
+            else np.zeros(0, np.float32)
+        )
 
     def sample(self, head: Array, rng: np.random.Generator) -> NDArray[Any]:
         raise NotImplementedError
@@ -65,7 +73,9 @@ class Actor:
         raise NotImplementedError
 
     def fisher_product(self, head: Array, direction: Array) -> Array:
-        """F v: the Hessian at this policy of ``kl`` in theta, at the states of the last ``head`` call. [P] -> [P]."""
+        """F v: the Hessian at this policy of ``kl`` in theta, at the states of the last ``head``
+        call. [P] -> [P].
+        """
         raise NotImplementedError
 
     def entropy(self, head: Array) -> float:
@@ -91,7 +101,9 @@ class GaussianActor(Actor):
         inverse_std = np.exp(-self.mlp.extra[0])
         z = (actions - head) * inverse_std
         weighted = z * weights[:, None]
-        self.mlp.extra_grads[0][:] = np.einsum("ba,ba->a", weighted, z) - weights.sum()  # d log p / d log_std = z^2 - 1
+        self.mlp.extra_grads[0][:] = (
+            np.einsum("ba,ba->a", weighted, z) - weights.sum()
+        )  # d log p / d log_std = z^2 - 1
         weighted *= inverse_std  # d log p / d mean = z / std
         self.mlp.backward(weighted)
 
@@ -154,11 +166,22 @@ class CategoricalActor(Actor):
 
 
 def actor_of(policy: ActorCriticPolicy) -> Actor:
-    """The NumPy actor of a policy. Raises ValueError for policies or action spaces it does not cover."""
-    if not isinstance(policy.features_extractor, FlattenExtractor) or not isinstance(policy.observation_space, spaces.Box):
+    """The NumPy actor of a policy.
+
+    Raises ValueError for policies or action spaces it does not cover.
+    """
+    if not isinstance(policy.features_extractor, FlattenExtractor) or not isinstance(
+        policy.observation_space, spaces.Box
+    ):
         raise ValueError(f"policy: needs flat Box observations, got {policy.observation_space}")
     if isinstance(policy.action_space, spaces.Discrete):
         return CategoricalActor(policy)
-    if isinstance(policy.action_space, spaces.Box) and not policy.use_sde and len(policy.action_space.shape) == 1:
+    if (
+        isinstance(policy.action_space, spaces.Box)
+        and not policy.use_sde
+        and len(policy.action_space.shape) == 1
+    ):
         return GaussianActor(policy)
-    raise ValueError(f"env.action_space: expected Discrete or a one-dimensional Box, got {policy.action_space}")
+    raise ValueError(
+        f"env.action_space: expected Discrete or a one-dimensional Box, got {policy.action_space}"
+    )

@@ -11,10 +11,15 @@ from typing import ClassVar
 import numpy as np
 
 from scpo_bench.baselines.actors import Actor, actor_of
-from scpo_bench.baselines.configuration import require
-from scpo_bench.baselines.cpo_dual import Case, TrustRegionStep, conjugate_gradient, trust_region_step
+from scpo_bench.baselines.cpo_dual import (
+    Case,
+    TrustRegionStep,
+    conjugate_gradient,
+    trust_region_step,
+)
 from scpo_bench.baselines.networks import Array
 from scpo_bench.baselines.on_policy import Batch, ConstrainedOnPolicy, OnPolicyConfig, flat_gradient
+from scpo_bench.configuration import require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +71,10 @@ class Surrogates:
 
 
 class CPO(ConstrainedOnPolicy):
-    """See ``ConstrainedOnPolicy`` for the arguments and errors. One constraint; with an infinite limit it is TRPO."""
+    """See ``ConstrainedOnPolicy`` for the arguments and errors.
+
+    One constraint; with an infinite limit it is TRPO.
+    """
 
     Config: ClassVar[type[OnPolicyConfig]] = CPOConfig
     config: CPOConfig
@@ -79,8 +87,12 @@ class CPO(ConstrainedOnPolicy):
         config = self.config
         actor, critics = actor_of(self.policy), self._critics()
         batch = self._batch(actor, critics)
-        reward_advantages = (batch.advantages[0] - batch.advantages[0].mean()) / (batch.advantages[0].std() + 1e-8)
-        cost_advantages = batch.advantages[1] - batch.advantages[1].mean()  # not scaled: b must keep the unit of c
+        reward_advantages = (batch.advantages[0] - batch.advantages[0].mean()) / (
+            batch.advantages[0].std() + 1e-8
+        )
+        cost_advantages = (
+            batch.advantages[1] - batch.advantages[1].mean()
+        )  # not scaled: b must keep the unit of c
         n_steps = len(cost_advantages)
 
         head = actor.head(batch.observations, batch.offset)
@@ -92,24 +104,46 @@ class CPO(ConstrainedOnPolicy):
 
         step, direction, (q, r, s) = self._solve(actor, batch, g, b, c)
         accepted, fraction, tried = self._line_search(
-            actor, batch, head, direction, reward_advantages, cost_advantages, c, step.case is Case.RECOVERY
+            actor,
+            batch,
+            head,
+            direction,
+            reward_advantages,
+            cost_advantages,
+            c,
+            step.case is Case.RECOVERY,
         )
 
         errors = [0.0, 0.0]
         for _ in range(config.critic_passes):
             for index in self._minibatches(n_steps):
-                errors = self._critic_step(critics, batch.observations[index], batch.returns[:, index])
+                errors = self._critic_step(
+                    critics, batch.observations[index], batch.returns[:, index]
+                )
 
         self.case_counts = tuple(n + (case is step.case) for n, case in zip(self.case_counts, Case))
         diagnostics = {
-            "episodic_cost": episodic_cost[0], "episodes": len(self.episode_costs.finished),
+            "episodic_cost": episodic_cost[0],
+            "episodes": len(self.episode_costs.finished),
             "c": c if np.isfinite(c) else 0.0,
-            "q": q, "r": r, "s": s, "case": step.case, "multiplier": step.cost_multiplier,
-            "kl_multiplier": step.kl_multiplier, "kl": accepted.kl, "reward_gain": accepted.reward_gain,
-            "cost_gain": accepted.cost_gain, "step_fraction": fraction, "line_search_tried": tried,
-            "entropy": actor.entropy(head), "reward_critic_error": errors[0], "cost_critic_error": errors[1],
-        }  # fmt: skip
-        diagnostics |= {f"updates_{case.name.lower()}": n for case, n in zip(Case, self.case_counts)}
+            "q": q,
+            "r": r,
+            "s": s,
+            "case": step.case,
+            "multiplier": step.cost_multiplier,
+            "kl_multiplier": step.kl_multiplier,
+            "kl": accepted.kl,
+            "reward_gain": accepted.reward_gain,
+            "cost_gain": accepted.cost_gain,
+            "step_fraction": fraction,
+            "line_search_tried": tried,
+            "entropy": actor.entropy(head),
+            "reward_critic_error": errors[0],
+            "cost_critic_error": errors[1],
+        }
+        diagnostics |= {
+            f"updates_{case.name.lower()}": n for case, n in zip(Case, self.case_counts)
+        }
         self._finish(actor, critics, diagnostics)
 
     def _solve(
@@ -134,15 +168,28 @@ class CPO(ConstrainedOnPolicy):
 
     def _scaled(self, q: float, on_g: Array) -> tuple[Array, tuple[float, float, float]]:
         """TRPO's step, for an infinite limit: b is not even needed."""
-        return np.float32(np.sqrt(2 * self.config.target_kl / q) if q > 0 else 0.0) * on_g, (q, 0.0, 0.0)
+        return np.float32(np.sqrt(2 * self.config.target_kl / q) if q > 0 else 0.0) * on_g, (
+            q,
+            0.0,
+            0.0,
+        )
 
     def _line_search(
-        self, actor: Actor, batch: Batch, old_head: Array, direction: Array, reward_advantages: Array,
-        cost_advantages: Array, c: float, recovery: bool,
-    ) -> tuple[Surrogates, float, int]:  # fmt: skip
-        """Set the longest step that keeps the KL bound and the constraint and, recovery excepted, does not lose reward.
+        self,
+        actor: Actor,
+        batch: Batch,
+        old_head: Array,
+        direction: Array,
+        reward_advantages: Array,
+        cost_advantages: Array,
+        c: float,
+        recovery: bool,
+    ) -> tuple[Surrogates, float, int]:
+        """Set the longest step that keeps the KL bound and the constraint and, recovery excepted,
+        does not lose reward.
 
-        Returns (surrogates, step fraction, lengths tried). On failure theta is restored exactly: fraction 0.
+        Returns (surrogates, step fraction, lengths tried). On failure theta is restored exactly:
+        fraction 0.
         """
         config, theta = self.config, actor.mlp.theta
         old_theta, old_extra = theta.copy(), actor.dist_extra()
@@ -150,7 +197,9 @@ class CPO(ConstrainedOnPolicy):
         fraction = 1.0
         for tried in range(1, config.line_search_steps + 1):
             theta[:] = old_theta + np.float32(fraction) * direction
-            with np.errstate(over="ignore", invalid="ignore"):  # a non-finite try counts as too long a step
+            with np.errstate(
+                over="ignore", invalid="ignore"
+            ):  # a non-finite try counts as too long a step
                 head = actor.head(batch.observations, batch.offset)
                 change = np.exp(actor.log_prob(head, batch.actions) - old_log_prob) - 1.0
                 at = Surrogates(
@@ -159,7 +208,12 @@ class CPO(ConstrainedOnPolicy):
                     actor.kl(old_head, old_extra, head),
                 )
             keeps_reward = recovery or at.reward_gain >= 0
-            if at.finite() and at.kl <= config.target_kl and keeps_reward and at.cost_gain <= max(-c, 0.0):
+            if (
+                at.finite()
+                and at.kl <= config.target_kl
+                and keeps_reward
+                and at.cost_gain <= max(-c, 0.0)
+            ):
                 return at, fraction, tried
             fraction *= config.line_search_shrink
         theta[:] = old_theta

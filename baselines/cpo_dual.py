@@ -38,12 +38,15 @@ class TrustRegionStep:
     """nu >= 0 of the constraint; 0 in a recovery step."""
 
 
-def trust_region_step(q: float, r: float, s: float, c: float, delta: float, negligible: float = 1e-12) -> TrustRegionStep:
+def trust_region_step(
+    q: float, r: float, s: float, c: float, delta: float, negligible: float = 1e-12
+) -> TrustRegionStep:
     """Solve max g.x subject to c + b.x <= 0 and x'Hx/2 <= delta.
 
-    q = g'H^-1 g, r = g'H^-1 b, s = b'H^-1 b; c: constraint value now (feasible <= 0), in the unit of b.x;
-    delta > 0: KL bound.
-    negligible: s at or below it counts as b = 0 (with c > 0 nothing can then be done: the step is zero, a recovery).
+    q = g'H^-1 g, r = g'H^-1 b, s = b'H^-1 b; c: constraint value now (feasible <= 0), in the unit
+    of b.x; delta > 0: KL bound.
+    negligible: s at or below it counts as b = 0 (with c > 0 nothing can then be done: the step is
+    zero, a recovery).
     Source: Achiam et al. 2017, arXiv 1705.10528, theorem 2 and appendix 10.2.
     """
     trpo_lambda = np.sqrt(q / (2 * delta))
@@ -61,14 +64,17 @@ def trust_region_step(q: float, r: float, s: float, c: float, delta: float, negl
     # The TRPO step is optimal if it keeps the constraint.
     if c + r * trpo_scale <= 0:
         return TrustRegionStep(case, trpo_scale, 0.0, trpo_lambda, 0.0)
-    # Else the constraint is active: x = (-c/s) H^-1 b plus the part of g that is H^-1-orthogonal to b, as long as fits.
+    # Else the constraint is active: x = (-c/s) H^-1 b plus the part of g that is H^-1-orthogonal to
+    # b, as long as fits.
     orthogonal = q - r * r / s
     if orthogonal <= 1e-12 * q or slack == 0:
         return TrustRegionStep(case, 0.0, -c / s, 0.0, r / s)
     kl_multiplier = np.sqrt(orthogonal / slack)
     cost_multiplier = max((kl_multiplier * c + r) / s, 0.0)
     on_reward = 1.0 / kl_multiplier
-    return TrustRegionStep(case, on_reward, -c / s - on_reward * r / s, kl_multiplier, cost_multiplier)
+    return TrustRegionStep(
+        case, on_reward, -c / s - on_reward * r / s, kl_multiplier, cost_multiplier
+    )
 
 
 def conjugate_gradient(
@@ -77,7 +83,9 @@ def conjugate_gradient(
     iterations: int,
     tolerance: float = 1e-10,
 ) -> NDArray[np.floating]:
-    """Approximate A^-1 rhs for symmetric positive definite A given as ``product``: v -> A v. [P] -> [P].
+    """Approximate A^-1 rhs for symmetric positive definite A given as ``product``: v -> A v.
+
+    [P] -> [P].
 
     Stops after ``iterations`` or when the squared residual falls to tolerance * |rhs|^2.
     Source: Hestenes & Stiefel 1952; Nocedal & Wright 2006, algorithm 5.2.

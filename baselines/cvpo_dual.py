@@ -1,4 +1,5 @@
-"""CVPO's E-step: the best reweighting of sampled actions within a KL ball and a cost threshold, solved exactly.
+"""CVPO's E-step: the best reweighting of sampled actions within a KL ball and a cost threshold,
+solved exactly.
 
     max_q  mean_b E_q[Q_r]   s.t.   mean_b KL(q_b || uniform_K) <= eps,   mean_b E_q[Q_c] <= d
     q(k|b) = softmax_k((Q_r - lam Q_c) / eta),  (eta, lam) minimising the convex dual
@@ -27,16 +28,21 @@ class EStep:
     eta: float
     """Temperature, in the unit of Q_r."""
     lam: float
-    """Multiplier of the cost threshold, unit of Q_r per unit of Q_c; in a recovery step 0 (no dual solution exists)."""
+    """Multiplier of the cost threshold, unit of Q_r per unit of Q_c; in a recovery step 0 (no dual
+    solution exists).
+    """
     kl: float
     """mean_b KL(q_b || uniform)."""
     cost_excess: float
     """mean_b E_q[Q_c] - d."""
     kkt_residual: float
-    """Largest violation of the optimality conditions, in scaled units (KL relative to eps); 0 in a recovery step."""
+    """Largest violation of the optimality conditions, in scaled units (KL relative to eps); 0 in a
+    recovery step.
+    """
     iterations: int
     recovery: bool
-    """True: no q in the KL ball reaches d, and ``weights`` has the lowest reachable cost instead."""
+    """True: no q in the KL ball reaches d, and ``weights`` has the lowest reachable cost instead.
+    """
 
     def effective_sample_size(self) -> float:
         """Mean over states of 1 / sum_k q^2, in [1, K]."""
@@ -44,9 +50,11 @@ class EStep:
 
 
 def cost_threshold(episodic_limit: float, gamma: float, episode_steps: float) -> float:
-    """Episodic undiscounted limit C -> threshold on Q_c: d = C (1 - gamma^T) / ((1 - gamma) T); C where gamma = 1.
+    """Episodic undiscounted limit C -> threshold on Q_c: d = C (1 - gamma^T) / ((1 - gamma) T); C
+    where gamma = 1.
 
-    Source: Liu et al. 2022, appendix; a constant cost C/T per step has exactly this discounted sum over T steps.
+    Source: Liu et al. 2022, appendix; a constant cost C/T per step has exactly this discounted sum
+    over T steps.
     """
     if gamma == 1.0:
         return episodic_limit
@@ -54,7 +62,9 @@ def cost_threshold(episodic_limit: float, gamma: float, episode_steps: float) ->
 
 
 def softmax_with_kl(z: Array) -> tuple[Array, float, float]:
-    """(q = softmax over the last axis, mean log[(1/K) sum_k exp z], mean KL(q || uniform)) for z [B, K]."""
+    """(q = softmax over the last axis, mean log[(1/K) sum_k exp z], mean KL(q || uniform)) for z
+    [B, K].
+    """
     top = z.max(axis=1, keepdims=True)
     q = np.exp(z - top)
     total = q.sum(axis=1, keepdims=True)
@@ -64,13 +74,17 @@ def softmax_with_kl(z: Array) -> tuple[Array, float, float]:
 
 
 def tilt_to_kl(scores: Array, eps: float, tolerance: float = 1e-12) -> tuple[Array, float, int]:
-    """(q, eta, iterations): q = softmax(scores / eta), mean KL(q || uniform) = eps, by safeguarded Newton in log eta.
+    """(q, eta, iterations): q = softmax(scores / eta), mean KL(q || uniform) = eps, by safeguarded
+    Newton in log eta.
 
-    KL falls in eta. If eps exceeds what any eta reaches, the smallest eta is returned (ties share the mass).
+    KL falls in eta. If eps exceeds what any eta reaches, the smallest eta is returned (ties share
+    the mass).
     scores: [B, K] with a spread near one.
     """
     low, high = MIN_LOG_ETA, MAX_LOG_ETA
-    x = float(np.clip(-0.5 * np.log(2 * eps), low, high))  # small-tilt limit: KL = Var(scores) / (2 eta^2), Var = 1
+    x = float(
+        np.clip(-0.5 * np.log(2 * eps), low, high)
+    )  # small-tilt limit: KL = Var(scores) / (2 eta^2), Var = 1
     q = np.empty(0)
     iteration = 0
     while iteration < 100:
@@ -99,22 +113,42 @@ def _covariances(q: Array, a: Array, b: Array) -> tuple[float, float, float]:
     )
 
 
-def e_step(q_reward: Array, q_cost: Array, eps: float, threshold: float, max_iterations: int = 60) -> EStep:
-    """Solve the E-step for Q values [B, K] of K actions drawn from the old policy in each of B states.
+def e_step(
+    q_reward: Array, q_cost: Array, eps: float, threshold: float, max_iterations: int = 60
+) -> EStep:
+    """Solve the E-step for Q values [B, K] of K actions drawn from the old policy in each of B
+    states.
 
-    eps > 0: KL bound; threshold: d, infinite for no constraint. Works in float64 on Q centred per state and scaled by
-    its spread.
+    eps > 0: KL bound; threshold: d, infinite for no constraint. Works in float64 on Q centred per
+    state and scaled by its spread.
     """
     q_reward, q_cost = np.asarray(q_reward, np.float64), np.asarray(q_cost, np.float64)
     reward, reward_scale = _centred(q_reward)
     cost, cost_scale = _centred(q_cost)
-    slack = (threshold - float(q_cost.mean())) / cost_scale  # d for the centred, scaled costs; their uniform mean is 0
+    slack = (
+        threshold - float(q_cost.mean())
+    ) / cost_scale  # d for the centred, scaled costs; their uniform mean is 0
     constrained = np.isfinite(threshold) and cost_scale < np.inf and bool(np.any(cost))
 
-    def finish(weights: Array, eta: float, lam: float, kkt: float, iterations: int, recovery: bool) -> EStep:
-        kl = float(np.mean(np.sum(weights * np.log(np.maximum(weights * weights.shape[1], 1e-300)), axis=1)))
+    def finish(
+        weights: Array, eta: float, lam: float, kkt: float, iterations: int, recovery: bool
+    ) -> EStep:
+        kl = float(
+            np.mean(
+                np.sum(weights * np.log(np.maximum(weights * weights.shape[1], 1e-300)), axis=1)
+            )
+        )
         excess = float(np.vdot(weights, q_cost)) / len(weights) - threshold
-        return EStep(weights, eta * reward_scale, lam * reward_scale / cost_scale, kl, excess, kkt, iterations, recovery)
+        return EStep(
+            weights,
+            eta * reward_scale,
+            lam * reward_scale / cost_scale,
+            kl,
+            excess,
+            kkt,
+            iterations,
+            recovery,
+        )
 
     if not constrained:
         weights, eta, iterations = tilt_to_kl(reward, eps)
@@ -129,11 +163,20 @@ def e_step(q_reward: Array, q_cost: Array, eps: float, threshold: float, max_ite
     elif not np.any(reward):
         return finish(np.full_like(reward, 1.0 / reward.shape[1]), 1.0, 0.0, 0.0, 0, False)
     x, lam, kkt, iterations = _minimise_dual(reward, cost, eps, slack, max_iterations)
-    return finish(softmax_with_kl((reward - lam * cost) * np.exp(-x))[0], float(np.exp(x)), lam, kkt, iterations, False)
+    return finish(
+        softmax_with_kl((reward - lam * cost) * np.exp(-x))[0],
+        float(np.exp(x)),
+        lam,
+        kkt,
+        iterations,
+        False,
+    )
 
 
 def _centred(q: Array) -> tuple[Array, float]:
-    """(q minus its mean per state, over its standard deviation; that deviation, 1 where actions make no difference)."""
+    """(q minus its mean per state, over its standard deviation; that deviation, 1 where actions
+    make no difference).
+    """
     centred = q - q.mean(axis=1, keepdims=True)
     scale = float(centred.std())
     if scale <= 1e-12 * max(1.0, float(np.abs(q).max())):
@@ -142,7 +185,9 @@ def _centred(q: Array) -> tuple[Array, float]:
 
 
 def _eta_residual(kl: float, eps: float, log_eta: float) -> float:
-    """Relative violation of KL = eps; at the smallest eta (no tilt reaches eps) only an excess counts."""
+    """Relative violation of KL = eps; at the smallest eta (no tilt reaches eps) only an excess
+    counts.
+    """
     return max(kl / eps - 1.0, 0.0) if log_eta <= MIN_LOG_ETA + 1e-6 else abs(kl / eps - 1.0)
 
 
@@ -160,7 +205,9 @@ class _DualPoint:
     kkt: float
 
 
-def _dual_point(reward: Array, cost: Array, eps: float, slack: float, x: float, lam: float) -> _DualPoint:
+def _dual_point(
+    reward: Array, cost: Array, eps: float, slack: float, x: float, lam: float
+) -> _DualPoint:
     eta = np.exp(x)
     z = (reward - lam * cost) / eta
     q, log_mean, kl = softmax_with_kl(z)
@@ -170,12 +217,19 @@ def _dual_point(reward: Array, cost: Array, eps: float, slack: float, x: float, 
 
 
 def _minimise_dual(
-    reward: Array, cost: Array, eps: float, slack: float, max_iterations: int, tolerance: float = 1e-10
+    reward: Array,
+    cost: Array,
+    eps: float,
+    slack: float,
+    max_iterations: int,
+    tolerance: float = 1e-10,
 ) -> tuple[float, float, float, int]:
     """Projected Newton in (x = log eta, lam >= 0). Returns (x, lam, KKT residual, iterations).
 
-    Gradient in eta: eps - KL; in lam: slack - E_q[cost]. Hessian in (eta, lam): (1/eta) mean_b Cov_q of (z, cost).
-    In x: g_x = eta g_eta, g_xx = eta^2 g_etaeta + eta g_eta, the last term kept only where it adds convexity.
+    Gradient in eta: eps - KL; in lam: slack - E_q[cost]. Hessian in (eta, lam): (1/eta) mean_b
+    Cov_q of (z, cost).
+    In x: g_x = eta g_eta, g_xx = eta^2 g_etaeta + eta g_eta, the last term kept only where it adds
+    convexity.
     """
     x = float(np.clip(-0.5 * np.log(2 * eps), MIN_LOG_ETA, MAX_LOG_ETA))
     at = _dual_point(reward, cost, eps, slack, x, 0.0)
@@ -199,7 +253,8 @@ def _minimise_dual(
             new_x = float(np.clip(at.x + step * dx, MIN_LOG_ETA, MAX_LOG_ETA))
             new = _dual_point(reward, cost, eps, slack, new_x, max(at.lam + step * dlam, 0.0))
             predicted = g_x * (new.x - at.x) + at.g_lam * (new.lam - at.lam)
-            # Near the optimum the value's differences drown in rounding; there a falling residual decides.
+            # Near the optimum the value's differences drown in rounding; there a falling residual
+            # decides.
             if new.value <= at.value + 1e-4 * predicted or new.kkt <= 0.5 * at.kkt:
                 break
         else:

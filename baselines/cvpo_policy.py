@@ -1,4 +1,6 @@
-"""CVPO's networks: a Gaussian actor with state-dependent mean and covariance, and all critics in one batch."""
+"""CVPO's networks: a Gaussian actor with state-dependent mean and covariance, and all critics in
+one batch.
+"""
 
 from __future__ import annotations
 
@@ -16,24 +18,36 @@ SLICE_ROWS = 512  # state-action pairs per slice in Critics.forward
 
 
 class GaussianActor(nn.Module):
-    """observations [B, O] -> mean, std [B, A] of a diagonal Gaussian in the environment's action units (not squashed).
+    """observations [B, O] -> mean, std [B, A] of a diagonal Gaussian in the environment's action
+    units (not squashed).
 
-    Without a backup: mean = centre + half_range tanh(.). With one: mean = backup(observations) + residual, whose last
-    layer starts at zero. std = half_range (0.001 + softplus(.)), at the start ``initial_std`` half ranges everywhere.
+    Without a backup: mean = centre + half_range tanh(.). With one: mean = backup(observations) +
+    residual, whose last layer starts at zero. std = half_range (0.001 + softplus(.)), at the start
+    ``initial_std`` half ranges everywhere.
     """
 
     centre: Tensor
     half_range: Tensor
 
     def __init__(
-        self, obs_dim: int, action_space: spaces.Box, net_arch: list[int], initial_std: float, backup: nn.Module | None
+        self,
+        obs_dim: int,
+        action_space: spaces.Box,
+        net_arch: list[int],
+        initial_std: float,
+        backup: nn.Module | None,
     ) -> None:
         super().__init__()
-        low, high = (torch.as_tensor(bound, dtype=torch.float32) for bound in (action_space.low, action_space.high))
+        low, high = (
+            torch.as_tensor(bound, dtype=torch.float32)
+            for bound in (action_space.low, action_space.high)
+        )
         self.register_buffer("centre", (high + low) / 2)
         self.register_buffer("half_range", (high - low) / 2)
         self.floor = 1e-3
-        self.std_shift = float(np.log(np.expm1(initial_std - self.floor)))  # softplus(std_shift) = initial_std - floor
+        self.std_shift = float(
+            np.log(np.expm1(initial_std - self.floor))
+        )  # softplus(std_shift) = initial_std - floor
         self.backup = backup
         widths = [obs_dim, *net_arch]
         layers = [m for i, o in pairwise(widths) for m in (nn.Linear(i, o), nn.ReLU())]
@@ -55,14 +69,17 @@ class GaussianActor(nn.Module):
             with torch.no_grad():
                 action = self.backup(observations)
             mean = action + mean
-        return mean, self.half_range * (self.floor + nn.functional.softplus(self.raw_std(latent) + self.std_shift))
+        return mean, self.half_range * (
+            self.floor + nn.functional.softplus(self.raw_std(latent) + self.std_shift)
+        )
 
 
 class Critics(nn.Module):
-    """``n`` action-value networks with ReLU layers, evaluated and differentiated one after the other in cache-sized pieces.
+    """``n`` action-value networks with ReLU layers, evaluated and differentiated one after the
+    other in cache-sized pieces.
 
-    The first layer is split, W_s s + W_a a, so that K actions in one state share the state's part. Derivatives are written out:
-    through autograd the four networks' regression takes twice as long.
+    The first layer is split, W_s s + W_a a, so that K actions in one state share the state's part.
+    Derivatives are written out: through autograd the four networks' regression takes twice as long.
     """
 
     centre: Tensor
@@ -70,13 +87,18 @@ class Critics(nn.Module):
 
     def __init__(self, n: int, obs_dim: int, action_space: spaces.Box, net_arch: list[int]) -> None:
         super().__init__()
-        low, high = (torch.as_tensor(bound, dtype=torch.float32) for bound in (action_space.low, action_space.high))
+        low, high = (
+            torch.as_tensor(bound, dtype=torch.float32)
+            for bound in (action_space.low, action_space.high)
+        )
         self.register_buffer("centre", (high + low) / 2)
         self.register_buffer("half_range", (high - low) / 2)
         self.n = n
 
         def uniform(*shape: int, fan_in: int) -> nn.Parameter:
-            return nn.Parameter((2 * torch.rand(*shape) - 1) / np.sqrt(fan_in))  # torch's default for Linear
+            return nn.Parameter(
+                (2 * torch.rand(*shape) - 1) / np.sqrt(fan_in)
+            )  # torch's default for Linear
 
         fan_in = obs_dim + low.numel()
         self.state_weight = uniform(n, obs_dim, net_arch[0], fan_in=fan_in)
@@ -88,7 +110,10 @@ class Critics(nn.Module):
 
     @torch.no_grad()
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """observations: [B, O]; actions: [B, K, A] inside the action space -> values [n, B, K], without gradients."""
+        """observations:
+
+        [B, O]; actions: [B, K, A] inside the action space -> values [n, B, K], without gradients.
+        """
         B, K, A = actions.shape
         scaled = (actions - self.centre) / self.half_range
         values = observations.new_empty(self.n, B * K)
@@ -147,15 +172,25 @@ def _grad(parameter: Tensor) -> Tensor:
 
 
 class CVPOPolicy(BasePolicy):
-    """Actor, critics (2 of the reward, then 2 of the cost), their slowly following targets, and optimisers.
+    """Actor, critics (2 of the reward, then 2 of the cost), their slowly following targets, and
+    optimisers.
 
-    net_arch: hidden widths of every network; backup: module, observations [B, O] -> actions [B, A], environment units.
+    net_arch: hidden widths of every network; backup: module, observations [B, O] -> actions [B, A],
+    environment units.
     """
 
     def __init__(
-        self, observation_space: spaces.Box, action_space: spaces.Box, lr_schedule: Any, *, net_arch: list[int],
-        initial_std: float, actor_lr: float, critic_lr: float, backup: nn.Module | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        observation_space: spaces.Box,
+        action_space: spaces.Box,
+        lr_schedule: Any,
+        *,
+        net_arch: list[int],
+        initial_std: float,
+        actor_lr: float,
+        critic_lr: float,
+        backup: nn.Module | None = None,
+    ) -> None:
         super().__init__(observation_space, action_space)
         obs_dim = int(np.prod(observation_space.shape))
 
@@ -173,12 +208,17 @@ class CVPOPolicy(BasePolicy):
             module.requires_grad_(False)
         trained = [p for name, p in self.actor.named_parameters() if not name.startswith("backup.")]
         self.actor_optimizer = torch.optim.Adam(trained, lr=actor_lr, fused=True)
-        self.critic_optimizer = torch.optim.Adam(self.critics.parameters(), lr=critic_lr, fused=True)
+        self.critic_optimizer = torch.optim.Adam(
+            self.critics.parameters(), lr=critic_lr, fused=True
+        )
 
     def follow(self, tau: float) -> None:
         """targets += tau (networks - targets)."""
         with torch.no_grad():
-            for online, target in ((self.actor, self.actor_target), (self.critics, self.critics_target)):
+            for online, target in (
+                (self.actor, self.actor_target),
+                (self.critics, self.critics_target),
+            ):
                 for p, q in zip(online.parameters(), target.parameters()):
                     q.lerp_(p, tau)
 
@@ -190,11 +230,14 @@ class CVPOPolicy(BasePolicy):
         return mean if deterministic else mean + std * torch.randn_like(mean)
 
 
-def gaussian_kl_split(mean: Tensor, std: Tensor, old_mean: Tensor, old_std: Tensor) -> tuple[Tensor, Tensor]:
+def gaussian_kl_split(
+    mean: Tensor, std: Tensor, old_mean: Tensor, old_std: Tensor
+) -> tuple[Tensor, Tensor]:
     """(KL_mu, KL_Sigma) per state [B] of diagonal Gaussians [B, A], summed over action dimensions.
 
-    KL_mu = KL(N(old_mean, old_std) || N(mean, old_std)), KL_Sigma = KL(N(old_mean, old_std) || N(old_mean, std)): the
-    two are constrained apart. Source: Abdolmaleki et al. 2018, arXiv 1812.02256, section 4.2 and appendix.
+    KL_mu = KL(N(old_mean, old_std) || N(mean, old_std)), KL_Sigma = KL(N(old_mean, old_std) ||
+    N(old_mean, std)): the two are constrained apart. Source: Abdolmaleki et al. 2018, arXiv
+    1812.02256, section 4.2 and appendix.
     """
     kl_mean = 0.5 * ((mean - old_mean) / old_std).square().sum(dim=-1)
     ratio = (old_std / std).square()
@@ -202,10 +245,13 @@ def gaussian_kl_split(mean: Tensor, std: Tensor, old_mean: Tensor, old_std: Tens
     return kl_mean, kl_covariance
 
 
-def weighted_nll_split(mean: Tensor, std: Tensor, old_mean: Tensor, old_std: Tensor, actions: Tensor, weights: Tensor) -> Tensor:
+def weighted_nll_split(
+    mean: Tensor, std: Tensor, old_mean: Tensor, old_std: Tensor, actions: Tensor, weights: Tensor
+) -> Tensor:
     """-mean_b sum_k q_bk [log N(a; mean, old_std) + log N(a; old_mean, std)], up to a constant.
 
-    mean, std, old_*: [B, A]; actions: [B, K, A]; weights q: [B, K], rows summing to one. Only two moments of q enter.
+    mean, std, old_*: [B, A]; actions: [B, K, A]; weights q: [B, K], rows summing to one. Only two
+    moments of q enter.
     """
     first = torch.einsum("bk,bka->ba", weights, actions)
     second = torch.einsum("bk,bka->ba", weights, (actions - old_mean.unsqueeze(1)).square())

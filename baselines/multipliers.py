@@ -10,7 +10,10 @@ from numpy.typing import ArrayLike, NDArray
 
 @dataclass(frozen=True)
 class Multipliers:
-    """Multipliers of C constraints and the Adam moments of their ascent. All [C]; ``step`` counts updates."""
+    """Multipliers of C constraints and the Adam moments of their ascent.
+
+    All [C]; ``step`` counts updates.
+    """
 
     value: NDArray[np.float64]
     first_moment: NDArray[np.float64]
@@ -23,12 +26,18 @@ class Multipliers:
 
 
 def projected_adam_ascent(
-    multipliers: Multipliers, excess_C: ArrayLike, lr: float, beta1: float = 0.9, beta2: float = 0.999
+    multipliers: Multipliers,
+    excess_C: ArrayLike,
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
 ) -> Multipliers:
     """One Adam step of lambda along ``excess`` = J_C - limit [C], projected onto lambda >= 0.
 
-    A constraint with an infinite limit (excess -inf) has multiplier exactly 0. Where the projection acts, a first
-    moment that still points below zero is dropped: kept, it would delay the answer to the next violation (wind-up).
+    A constraint with an infinite limit (excess -inf) has multiplier exactly 0. Where the projection
+    acts, a first
+    moment that still points below zero is dropped: kept, it would delay the answer to the next
+    violation (wind-up).
     Source: Kingma & Ba 2015, arXiv 1412.6980, algorithm 1; Ray, Achiam, Amodei 2019, appendix.
     """
     excess = np.asarray(excess_C, dtype=np.float64)
@@ -40,7 +49,12 @@ def projected_adam_ascent(
     move = lr * (first / (1 - beta1**step)) / (np.sqrt(second / (1 - beta2**step)) + 1e-8)
     value = multipliers.value + move
     wound = (value <= 0.0) & (first < 0.0)
-    return Multipliers(np.where(unconstrained, 0.0, np.maximum(value, 0.0)), np.where(wound, 0.0, first), second, step)
+    return Multipliers(
+        np.where(unconstrained, 0.0, np.maximum(value, 0.0)),
+        np.where(wound, 0.0, first),
+        second,
+        step,
+    )
 
 
 def projected_ascent(value: float, excess: float, lr: float, highest: float) -> float:
@@ -49,7 +63,9 @@ def projected_ascent(value: float, excess: float, lr: float, highest: float) -> 
 
 
 def lagrangian_advantages(
-    advantages_B: NDArray[np.floating], cost_advantages_CB: NDArray[np.floating], multipliers_C: NDArray[np.floating]
+    advantages_B: NDArray[np.floating],
+    cost_advantages_CB: NDArray[np.floating],
+    multipliers_C: NDArray[np.floating],
 ) -> NDArray[np.float64]:
     """(A_r - sum_i lambda_i A_ci) / (1 + sum_i lambda_i): [B]. With all lambda = 0 it is A_r."""
     return (advantages_B - multipliers_C @ cost_advantages_CB) / (1.0 + multipliers_C.sum())

@@ -1,8 +1,9 @@
 """Small multilayer perceptrons in NumPy: forward, backward and Jacobian products by hand, and Adam.
 
-Why not autograd: at batch 64 and 64x64 units a training step through torch is mostly dispatch (about 1.2 ms for an
-actor and two critics); the same arithmetic written out takes about a third of it. Parameters live in the torch modules
-of the Stable-Baselines3 policy: a network here is a copy of them for the length of one update, written back at its end.
+Why not autograd: at batch 64 and 64x64 units a training step through torch is mostly dispatch
+(about 1.2 ms for an actor and two critics); the same arithmetic written out takes about a third of
+it. Parameters live in the torch modules of the Stable-Baselines3 policy: a network here is a copy
+of them for the length of one update, written back at its end.
 """
 
 from __future__ import annotations
@@ -20,12 +21,19 @@ Array = NDArray[np.float32]
 class Mlp:
     """``x -> W_L act(... act(W_1 x + b_1) ...) + b_L`` on a flat parameter vector.
 
-    linears: torch layers the parameters are copied from; activation: "tanh" or "relu"; extra: further parameters kept
-    behind the layers' in the vector (a state-independent log standard deviation).
-    theta, grad: [P], layer by layer (weight [out, in], then bias [out]), then extra. dtype follows the torch layers.
+    linears: torch layers the parameters are copied from; activation: "tanh" or "relu"; extra:
+    further parameters kept behind the layers' in the vector (a state-independent log standard
+    deviation).
+    theta, grad: [P], layer by layer (weight [out, in], then bias [out]), then extra. dtype follows
+    the torch layers.
     """
 
-    def __init__(self, linears: Sequence[nn.Linear], activation: str = "tanh", extra: Sequence[nn.Parameter] = ()):
+    def __init__(
+        self,
+        linears: Sequence[nn.Linear],
+        activation: str = "tanh",
+        extra: Sequence[nn.Parameter] = (),
+    ):
         if activation not in ("tanh", "relu"):
             raise ValueError(f"activation: expected 'tanh' or 'relu', got {activation!r}")
         self.activation = activation
@@ -48,7 +56,10 @@ class Mlp:
     def write_back(self) -> None:
         """Copy theta into the torch parameters."""
         with torch.no_grad():
-            for p, w in zip(self.tensors, [v for pair in zip(self.weights, self.biases) for v in pair] + self.extra):
+            for p, w in zip(
+                self.tensors,
+                [v for pair in zip(self.weights, self.biases) for v in pair] + self.extra,
+            ):
                 p.copy_(torch.from_numpy(w))
 
     def forward(self, x: Array) -> Array:
@@ -65,7 +76,10 @@ class Mlp:
         return x @ self.weights[-1].T + self.biases[-1]
 
     def backward(self, d_out: Array) -> None:
-        """d_out: dL/d(output) [B, out] of the last forward. Overwrites ``grad`` (extra parameters' part excepted)."""
+        """d_out: dL/d(output) [B, out] of the last forward.
+
+        Overwrites ``grad`` (extra parameters' part excepted).
+        """
         delta = d_out
         for layer in range(len(self.weights) - 1, -1, -1):
             np.matmul(delta.T, self._inputs[layer], out=self.weight_grads[layer])
@@ -94,15 +108,26 @@ class Mlp:
 
 
 class Adam:
-    """Adam on one flat vector; minimises. Source: Kingma & Ba 2015, arXiv 1412.6980, end of section 2."""
+    """Adam on one flat vector; minimises.
 
-    def __init__(self, size: int, dtype: np.dtype | type = np.float32, beta1: float = 0.9, beta2: float = 0.999):
+    Source: Kingma & Ba 2015, arXiv 1412.6980, end of section 2.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        dtype: np.dtype | type = np.float32,
+        beta1: float = 0.9,
+        beta2: float = 0.999,
+    ):
         self.first, self.second = np.zeros(size, dtype), np.zeros(size, dtype)
         self._work = np.zeros(size, dtype)
         self.steps, self.beta1, self.beta2, self.eps = 0, beta1, beta2, 1e-8
 
     def update(self, theta: Array, grad: Array, lr: float, max_grad_norm: float = np.inf) -> None:
-        """In place on ``theta``; the gradient's norm is first cut to ``max_grad_norm`` (in place on ``grad``)."""
+        """In place on ``theta``; the gradient's norm is first cut to ``max_grad_norm`` (in place on
+        ``grad``).
+        """
         norm = float(np.sqrt(grad @ grad))
         if norm > max_grad_norm:
             grad *= max_grad_norm / norm
@@ -127,11 +152,15 @@ def sequential_layers(*modules: nn.Module) -> tuple[list[nn.Linear], str]:
 
     Raises ValueError for any other module, or for mixed activations.
     """
-    flat = [m for module in modules for m in (module if isinstance(module, nn.Sequential) else [module])]
+    flat = [
+        m for module in modules for m in (module if isinstance(module, nn.Sequential) else [module])
+    ]
     linears = [m for m in flat if isinstance(m, nn.Linear)]
     names = {nn.Tanh: "tanh", nn.ReLU: "relu"}
     others = {type(m) for m in flat if not isinstance(m, nn.Linear)}
     unknown = others - set(names)
     if unknown or len(others) > 1:
-        raise ValueError(f"policy_kwargs.activation_fn: expected nn.Tanh or nn.ReLU, got {sorted(map(str, others))}")
+        raise ValueError(
+            f"policy_kwargs.activation_fn: expected nn.Tanh or nn.ReLU, got {sorted(map(str, others))}"
+        )
     return linears, names[others.pop()] if others else "tanh"

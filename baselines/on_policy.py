@@ -1,4 +1,6 @@
-"""What PPO-Lagrangian and CPO share: collecting one update's data with costs, their advantages, and fitting critics."""
+"""What PPO-Lagrangian and CPO share: collecting one update's data with costs, their advantages, and
+fitting critics.
+"""
 
 from __future__ import annotations
 
@@ -16,24 +18,32 @@ from stable_baselines3.common.vec_env import VecEnv
 from threadpoolctl import threadpool_limits
 from torch import nn
 
+from scpo_bench.advantages import generalised_advantages, next_values
 from scpo_bench.baselines.actors import Actor, actor_of
-from scpo_bench.baselines.advantages import generalised_advantages, next_values
-from scpo_bench.baselines.configuration import require, resolve_config
-from scpo_bench.baselines.costs import EpisodeCosts, check_transition, read_costs
+from scpo_bench.baselines.episode_costs import EpisodeCosts
 from scpo_bench.baselines.networks import Adam, Array, Mlp, sequential_layers
 from scpo_bench.baselines.normalisation import normalisation_state, restore_normalisation
+from scpo_bench.configuration import require, resolve_config
+from scpo_bench.contract import check_transition, read_costs
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnPolicyConfig:
-    """Fields common to the on-policy agents. Defaults: OmniSafe 0.5.0's, which its published table uses."""
+    """Fields common to the on-policy agents.
+
+    Defaults: OmniSafe 0.5.0's, which its published table uses.
+    """
 
     cost_limit: float | tuple[float, ...] = 25.0
-    """Limit on the undiscounted cost of an episode, >= 0 or infinite; one number per entry of ``cost_keys``."""
+    """Limit on the undiscounted cost of an episode, >= 0 or infinite; one number per entry of
+    ``cost_keys``.
+    """
     cost_keys: tuple[str, ...] = ("cost",)
     """Keys of ``info`` the costs are read from, one per constraint."""
     steps_per_update: int = 20_000
-    """Environment steps collected per update, all environments together (rounded up to a multiple of their number)."""
+    """Environment steps collected per update, all environments together (rounded up to a multiple
+    of their number).
+    """
     gamma: float = 0.99
     """Discount of rewards per step, in [0, 1]."""
     gae_lambda: float = 0.95
@@ -53,15 +63,24 @@ class OnPolicyConfig:
     max_grad_norm: float = 40.0
     """Each network's gradient is cut to this norm, > 0."""
     target_kl: float = 0.02
-    """KL(old || new), mean over states, summed over action dimensions, > 0. How it is kept is the agent's affair."""
+    """KL(old || new), mean over states, summed over action dimensions, > 0.
+
+    How it is kept is the agent's affair.
+    """
     initial_log_std: float = 0.0
-    """Log standard deviation of a Gaussian policy at the start, in action units (``Box`` actions only)."""
+    """Log standard deviation of a Gaussian policy at the start, in action units (``Box`` actions
+    only).
+    """
     return_scale: float = 1.0
-    """Critics predict returns times this, > 0: small where episodes return thousands (the policy does not see it)."""
+    """Critics predict returns times this, > 0: small where episodes return thousands (the policy
+    does not see it).
+    """
 
     def __post_init__(self) -> None:
         if not self.cost_keys or not all(isinstance(key, str) for key in self.cost_keys):
-            raise ValueError(f"{type(self).__name__}.cost_keys: expected a non-empty list of names, got {self.cost_keys!r}")
+            raise ValueError(
+                f"{type(self).__name__}.cost_keys: expected a non-empty list of names, got {self.cost_keys!r}"
+            )
         limits = self.limits()
         if len(limits) != len(self.cost_keys) or not (limits >= 0).all():
             raise ValueError(
@@ -82,19 +101,32 @@ class OnPolicyConfig:
 
 
 class Rollout:
-    """One update's data: T steps of N environments. Signal 0 is the reward, signals 1..C are the costs.
+    """One update's data:
+
+    T steps of N environments. Signal 0 is the reward, signals 1..C are the costs.
 
     The constructor's signature is what Stable-Baselines3 calls a ``rollout_buffer_class`` with.
     """
 
     def __init__(
-        self, buffer_size: int, observation_space: Any, action_space: Any, device: Any = None, gae_lambda: float = 1.0,
-        gamma: float = 1.0, n_envs: int = 1, n_costs: int = 1,
-    ) -> None:  # fmt: skip
+        self,
+        buffer_size: int,
+        observation_space: Any,
+        action_space: Any,
+        device: Any = None,
+        gae_lambda: float = 1.0,
+        gamma: float = 1.0,
+        n_envs: int = 1,
+        n_costs: int = 1,
+    ) -> None:
         shape = (buffer_size, n_envs)
         discrete = isinstance(action_space, spaces.Discrete)
         self.observations = np.zeros((*shape, int(np.prod(observation_space.shape))), np.float32)
-        self.actions = np.zeros(shape, np.int64) if discrete else np.zeros((*shape, *action_space.shape), np.float32)
+        self.actions = (
+            np.zeros(shape, np.int64)
+            if discrete
+            else np.zeros((*shape, *action_space.shape), np.float32)
+        )
         self.signals = np.zeros((1 + n_costs, *shape))
         self.ends = np.zeros(shape, np.bool_)
         self.reset()
@@ -123,12 +155,13 @@ class Batch:
 class ConstrainedOnPolicy(OnPolicyAlgorithm):
     """Collection, advantages and critics; a subclass adds ``Config`` and ``train``.
 
-    policy: "MlpPolicy" or a subclass of SB3's ``ActorCriticPolicy`` on flat observations with tanh or ReLU layers. The
-    policy's own value network is the reward critic; ``cost_critics`` (same shape) belong to the agent.
+    policy: "MlpPolicy" or a subclass of SB3's ``ActorCriticPolicy`` on flat observations with tanh
+    or ReLU layers. The policy's own value network is the reward critic; ``cost_critics`` (same
+    shape) belong to the agent.
     env: anything SB3 takes; ``info`` must hold the costs at every step.
-    config: fields of ``Config``.
-    Raises ValueError for unknown or out-of-range fields. ``learn`` raises KeyError for a missing cost, and
-    FloatingPointError (naming step, environment and field) for a non-finite observation, reward or cost.
+    config: fields of ``Config``. Raises ValueError for unknown or out-of-range fields. ``learn``
+    raises KeyError for a missing cost, and FloatingPointError (naming step, environment and field)
+    for a non-finite observation, reward or cost.
     Runs on the CPU: at these network sizes an accelerator is slower.
     """
 
@@ -137,21 +170,43 @@ class ConstrainedOnPolicy(OnPolicyAlgorithm):
     config: Any  # an instance of Config: each subclass narrows it
 
     def __init__(
-        self, policy: str | type[ActorCriticPolicy], env: Any, *, seed: int | None = None, verbose: int = 0,
-        device: str = "cpu", tensorboard_log: str | None = None, policy_kwargs: dict[str, Any] | None = None,
-        _init_setup_model: bool = True, **config: Any,
-    ) -> None:  # fmt: skip
+        self,
+        policy: str | type[ActorCriticPolicy],
+        env: Any,
+        *,
+        seed: int | None = None,
+        verbose: int = 0,
+        device: str = "cpu",
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        _init_setup_model: bool = True,
+        **config: Any,
+    ) -> None:
         self.config = resolve_config(self.Config, config)
         if str(device) not in ("cpu", "auto"):
             raise ValueError(f"device: {type(self).__name__} runs on 'cpu', got {device!r}")
         super().__init__(
-            policy, env, learning_rate=self.config.critic_lr, n_steps=1, gamma=self.config.gamma,
-            gae_lambda=self.config.gae_lambda, ent_coef=0.0, vf_coef=0.5, max_grad_norm=self.config.max_grad_norm,
-            use_sde=False, sde_sample_freq=-1, rollout_buffer_class=Rollout,  # type: ignore[arg-type]
-            rollout_buffer_kwargs={"n_costs": len(self.config.cost_keys)}, tensorboard_log=tensorboard_log,
-            policy_kwargs=policy_kwargs, verbose=verbose, seed=seed, device="cpu", _init_setup_model=False,
+            policy,
+            env,
+            learning_rate=self.config.critic_lr,
+            n_steps=1,
+            gamma=self.config.gamma,
+            gae_lambda=self.config.gae_lambda,
+            ent_coef=0.0,
+            vf_coef=0.5,
+            max_grad_norm=self.config.max_grad_norm,
+            use_sde=False,
+            sde_sample_freq=-1,
+            rollout_buffer_class=Rollout,  # type: ignore[arg-type]
+            rollout_buffer_kwargs={"n_costs": len(self.config.cost_keys)},
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device="cpu",
+            _init_setup_model=False,
             supported_action_spaces=(spaces.Box, spaces.Discrete),
-        )  # fmt: skip
+        )
         self.diagnostics: dict[str, float] = {}
         self.rng: np.random.Generator | None = None
         self.optimizers: dict[str, Adam] = {}
@@ -171,7 +226,9 @@ class ConstrainedOnPolicy(OnPolicyAlgorithm):
         actor = actor_of(self.policy)
         value_layers, _ = self._value_layers()
         self.cost_critics = nn.ModuleList(
-            nn.Sequential(*[nn.Linear(layer.in_features, layer.out_features) for layer in value_layers])
+            nn.Sequential(
+                *[nn.Linear(layer.in_features, layer.out_features) for layer in value_layers]
+            )
             for _ in self.config.cost_keys
         )  # the activations between the layers are applied by Mlp
         for module in self.cost_critics.modules():
@@ -182,19 +239,26 @@ class ConstrainedOnPolicy(OnPolicyAlgorithm):
             self.rng = np.random.default_rng()
         if not self.optimizers:
             self.optimizers = {"actor": Adam(actor.mlp.theta.size)}
-            self.optimizers |= {f"critic_{i}": Adam(c.theta.size) for i, c in enumerate(self._critics())}
+            self.optimizers |= {
+                f"critic_{i}": Adam(c.theta.size) for i, c in enumerate(self._critics())
+            }
         if self.episode_costs is None or len(self.episode_costs.running_NC) != self.n_envs:
             self.episode_costs = EpisodeCosts(self.n_envs, len(self.config.cost_keys))
 
     def _value_layers(self) -> tuple[list[nn.Linear], str]:
         extractor: Any = self.policy.mlp_extractor
-        extractor = getattr(extractor, "extractor", extractor)  # a policy with a backup wraps SB3's extractor
+        extractor = getattr(
+            extractor, "extractor", extractor
+        )  # a policy with a backup wraps SB3's extractor
         return sequential_layers(extractor.value_net, self.policy.value_net)
 
     def _critics(self) -> list[Mlp]:
         """Reward critic, then cost critics, as copies of their torch parameters."""
         layers, activation = self._value_layers()
-        cost_layers = [[m for m in critic.modules() if isinstance(m, nn.Linear)] for critic in self.cost_critics]
+        cost_layers = [
+            [m for m in critic.modules() if isinstance(m, nn.Linear)]
+            for critic in self.cost_critics
+        ]
         return [Mlp(linears, activation) for linears in [layers, *cost_layers]]
 
     def set_random_seed(self, seed: int | None = None) -> None:
@@ -204,29 +268,40 @@ class ConstrainedOnPolicy(OnPolicyAlgorithm):
             self.rng = np.random.default_rng(seed)
 
     def learn(self, *args: Any, **kwargs: Any) -> Self:
-        """As SB3's. One BLAS thread: at minibatches of 64 more threads take several times as long."""
+        """As SB3's. One BLAS thread: at minibatches of 64 more threads take several times as long.
+        """
         with threadpool_limits(limits=1):
             return super().learn(*args, **kwargs)
 
-    # ---- collection -------------------------------------------------------------------------------------------------
+    # ---- collection
+    # -------------------------------------------------------------------------------------------------
 
-    def collect_rollouts(self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int) -> bool:
-        """Fill ``rollout_buffer`` with n_rollout_steps of every environment. Values are computed later, in one go."""
+    def collect_rollouts(
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: Any, n_rollout_steps: int
+    ) -> bool:
+        """Fill ``rollout_buffer`` with n_rollout_steps of every environment.
+
+        Values are computed later, in one go.
+        """
         assert self._last_obs is not None
         assert self.rng is not None
         assert self.episode_costs is not None
         rollout: Rollout = rollout_buffer
         rollout.reset()
         actor = actor_of(self.policy)
-        costs_of, box = self.episode_costs, isinstance(self.action_space, spaces.Box)
-        if bool(np.all(self._last_episode_starts)):  # a reset from outside may have cut episodes short
+        costs_of, space = self.episode_costs, self.action_space
+        if np.all(self._last_episode_starts):  # a reset from outside may have cut episodes short
             costs_of.restart_episodes()
         costs_of.start_update()
         callback.on_rollout_start()
         for t in range(n_rollout_steps):
             observations = self._flat(self._last_obs)
             actions = actor.sample(actor.head(observations), self.rng)
-            applied = np.clip(actions, self.action_space.low, self.action_space.high) if box else actions  # type: ignore[attr-defined]
+            applied = (
+                np.clip(actions, space.low, space.high)
+                if isinstance(space, spaces.Box)
+                else actions
+            )
             new_obs, rewards, dones, infos = env.step(applied)
             self.num_timesteps += env.num_envs
             costs = read_costs(infos, self.config.cost_keys)
@@ -241,7 +316,9 @@ class ConstrainedOnPolicy(OnPolicyAlgorithm):
             for i in np.flatnonzero(dones):
                 if infos[i].get("TimeLimit.truncated", False):
                     rollout.truncated_at.append((t, int(i)))
-                    rollout.truncated_observations.append(self._flat(infos[i]["terminal_observation"][None])[0])
+                    rollout.truncated_observations.append(
+                        self._flat(infos[i]["terminal_observation"][None])[0]
+                    )
             self._last_obs, self._last_episode_starts = new_obs, dones  # type: ignore[assignment]
         callback.update_locals(locals())
         callback.on_rollout_end()
@@ -251,20 +328,25 @@ class ConstrainedOnPolicy(OnPolicyAlgorithm):
     def _flat(observations: Any) -> Array:
         return np.asarray(observations, np.float32).reshape(len(observations), -1)
 
-    # ---- what an update learns from ---------------------------------------------------------------------------------
+    # ---- what an update learns from
+    # ---------------------------------------------------------------------------------
 
     def _batch(self, actor: Actor, critics: list[Mlp]) -> Batch:
         rollout: Any = self.rollout_buffer
         scale, (T, N) = self.config.return_scale, rollout.ends.shape
         observations = rollout.observations.reshape(T * N, -1)
         last = self._flat(self._last_obs)
-        values = np.stack([critic.forward(observations).reshape(T, N) for critic in critics]) / scale
+        values = (
+            np.stack([critic.forward(observations).reshape(T, N) for critic in critics]) / scale
+        )
         last_values = np.stack([critic.forward(last)[:, 0] for critic in critics]) / scale
         end_values = np.zeros_like(values)
         if rollout.truncated_at:
             rows, columns = np.array(rollout.truncated_at).T
             at_truncation = np.stack(rollout.truncated_observations)
-            end_values[:, rows, columns] = np.stack([c.forward(at_truncation)[:, 0] for c in critics]) / scale
+            end_values[:, rows, columns] = (
+                np.stack([c.forward(at_truncation)[:, 0] for c in critics]) / scale
+            )
         n_costs = len(self.config.cost_keys)
         advantages = generalised_advantages(
             rollout.signals,
@@ -289,17 +371,24 @@ class ConstrainedOnPolicy(OnPolicyAlgorithm):
         """Index arrays that cover 0..size-1 once, in random order."""
         assert self.rng is not None
         order = self.rng.permutation(size)
-        yield from (order[start : start + self.config.batch_size] for start in range(0, size, self.config.batch_size))
+        yield from (
+            order[start : start + self.config.batch_size]
+            for start in range(0, size, self.config.batch_size)
+        )
 
     def _critic_step(self, critics: list[Mlp], observations: Array, returns: Array) -> list[float]:
-        """One Adam step of each critic on mean (V - return)^2 + l2 |theta|^2; gives the errors. returns: [1 + C, b]."""
+        """One Adam step of each critic on mean (V - return)^2 + l2 |theta|^2; gives the errors.
+        returns: [1 + C, b].
+        """
         errors = []
         for i, critic in enumerate(critics):
             error = critic.forward(observations)[:, 0] - returns[i]
             critic.backward((error * (2.0 / len(error)))[:, None])
             if self.config.critic_l2 > 0:
                 critic.grad += (2 * self.config.critic_l2) * critic.theta
-            self.optimizers[f"critic_{i}"].update(critic.theta, critic.grad, self.config.critic_lr, self.config.max_grad_norm)
+            self.optimizers[f"critic_{i}"].update(
+                critic.theta, critic.grad, self.config.critic_lr, self.config.max_grad_norm
+            )
             errors.append(float(error @ error) / len(error))
         return errors
 
@@ -312,21 +401,27 @@ class ConstrainedOnPolicy(OnPolicyAlgorithm):
         for name, value in self.diagnostics.items():
             self.logger.record(f"train/{name}", value)
 
-    # ---- saving -----------------------------------------------------------------------------------------------------
+    # ---- saving
+    # -----------------------------------------------------------------------------------------------------
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", "cost_critics"], []
 
     def save(self, path: Any, *args: Any, **kwargs: Any) -> None:
-        """SB3's zip file; also holds optimiser states, multipliers, generators and ``VecNormalize`` statistics."""
+        """SB3's zip file; also holds optimiser states, multipliers, generators and ``VecNormalize``
+        statistics.
+        """
         self.normalisation = normalisation_state(self._vec_normalize_env)
         super().save(path, *args, **kwargs)
 
     @classmethod
-    def load(cls, path: Any, env: Any = None, device: Any = "cpu", *args: Any, **kwargs: Any) -> Any:
+    def load(
+        cls, path: Any, env: Any = None, device: Any = "cpu", *args: Any, **kwargs: Any
+    ) -> Any:
         """As SB3's; an ``env`` wrapped in ``VecNormalize`` gets the saved statistics back.
 
-        ``force_reset=False`` keeps the last observation: for an env that is itself in the state it was saved in.
+        ``force_reset=False`` keeps the last observation: for an env that is itself in the state it
+        was saved in.
         """
         agent = super().load(path, env, device, *args, **kwargs)
         restore_normalisation(agent._vec_normalize_env, agent.normalisation)

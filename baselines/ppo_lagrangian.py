@@ -1,7 +1,7 @@
 """PPO-Lagrangian: clipped policy gradient on reward minus multiplier times cost.
 
-Sources: Schulman et al. 2017 (PPO, arXiv 1707.06347); Ray, Achiam, Amodei 2019 (Benchmarking Safe Exploration in Deep
-Reinforcement Learning). Defaults as in OmniSafe 0.5.0.
+Sources: Schulman et al. 2017 (PPO, arXiv 1707.06347); Ray, Achiam, Amodei 2019 (Benchmarking Safe
+Exploration in Deep Reinforcement Learning). Defaults as in OmniSafe 0.5.0.
 """
 
 from __future__ import annotations
@@ -12,15 +12,20 @@ from typing import ClassVar
 import numpy as np
 
 from scpo_bench.baselines.actors import actor_of
-from scpo_bench.baselines.configuration import require
-from scpo_bench.baselines.multipliers import Multipliers, lagrangian_advantages, projected_adam_ascent
+from scpo_bench.baselines.multipliers import (
+    Multipliers,
+    lagrangian_advantages,
+    projected_adam_ascent,
+)
 from scpo_bench.baselines.networks import Array
 from scpo_bench.baselines.on_policy import ConstrainedOnPolicy, OnPolicyConfig
+from scpo_bench.configuration import require
 
 
 @dataclass(frozen=True, kw_only=True)
 class PPOLagrangianConfig(OnPolicyConfig):
-    """``critic_passes`` is also the number of passes of the actor; ``target_kl`` ends them early."""
+    """``critic_passes`` is also the number of passes of the actor; ``target_kl`` ends them early.
+    """
 
     actor_lr: float = 3e-4
     """Adam step size of the actor, > 0."""
@@ -29,13 +34,17 @@ class PPOLagrangianConfig(OnPolicyConfig):
     clip_range: float = 0.2
     """The ratio new/old likelihood is clipped to 1 +- this, > 0."""
     standardise_rewards: bool = True
-    """Whether reward advantages are divided by their standard deviation (cost advantages never are). The reference does;
-    the multiplier that balances the two then grows as the policy's noise, and with it that deviation, shrinks. False:
-    both keep their units, and the multiplier settles at the price of cost, d return / d cost."""
+    """Whether reward advantages are divided by their standard deviation (cost advantages never
+    are). The reference does; the multiplier that balances the two then grows as the policy's noise,
+    and with it that deviation, shrinks. False: both keep their units, and the multiplier settles at
+    the price of cost, d return / d cost.
+    """
     multiplier_init: float = 0.001
     """Multiplier of every constraint at the start, >= 0."""
     multiplier_lr: float = 0.035
-    """Adam step size of the multipliers, >= 0: close to the largest change per update, whatever the cost's unit."""
+    """Adam step size of the multipliers, >= 0: close to the largest change per update, whatever the
+    cost's unit.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,7 +55,9 @@ class PPOLagrangianConfig(OnPolicyConfig):
 
 
 class PPOLagrangian(ConstrainedOnPolicy):
-    """See ``ConstrainedOnPolicy`` for the arguments and errors. One multiplier per entry of ``cost_keys``.
+    """See ``ConstrainedOnPolicy`` for the arguments and errors.
+
+    One multiplier per entry of ``cost_keys``.
 
     With an infinite limit its multiplier is exactly 0 and the update is PPO's.
     """
@@ -62,7 +73,9 @@ class PPOLagrangian(ConstrainedOnPolicy):
             self.multipliers = Multipliers(start, np.zeros_like(start), np.zeros_like(start))
 
     def train(self) -> None:
-        """One update: multipliers, then actor and critics on minibatches until the passes or the KL bound run out."""
+        """One update: multipliers, then actor and critics on minibatches until the passes or the KL
+        bound run out.
+        """
         assert self.multipliers is not None
         assert self.episode_costs is not None
         config = self.config
@@ -76,12 +89,16 @@ class PPOLagrangian(ConstrainedOnPolicy):
         centred = batch.advantages - batch.advantages.mean(axis=1, keepdims=True)
         if config.standardise_rewards:
             centred[0] /= centred[0].std() + 1e-8
-        advantages = lagrangian_advantages(centred[0], centred[1:], self.multipliers.value).astype(np.float32)
+        advantages = lagrangian_advantages(centred[0], centred[1:], self.multipliers.value).astype(
+            np.float32
+        )
 
         old_head, old_extra = actor.head(batch.observations, batch.offset), actor.dist_extra()
         old_log_prob = actor.log_prob(old_head, batch.actions)
         # SB3 sets the progress after the collection; the decay starts from the full step size.
-        remaining = self._current_progress_remaining + len(advantages) / max(self._total_timesteps, 1)
+        remaining = self._current_progress_remaining + len(advantages) / max(
+            self._total_timesteps, 1
+        )
         lr = config.actor_lr * (min(remaining, 1.0) if config.actor_lr_decay else 1.0)
         offset = np.broadcast_to(batch.offset, old_head.shape)
         critic_errors = np.zeros(len(critics))
@@ -91,13 +108,26 @@ class PPOLagrangian(ConstrainedOnPolicy):
                 observations, actions = batch.observations[index], batch.actions[index]
                 head = actor.head(observations, offset[index])
                 ratio = np.exp(actor.log_prob(head, actions) - old_log_prob[index])
-                actor.backward(head, actions, clipped_surrogate_weights(ratio, advantages[index], config.clip_range))
-                self.optimizers["actor"].update(actor.mlp.theta, actor.mlp.grad, lr, config.max_grad_norm)
-                critic_errors = np.array(self._critic_step(critics, observations, batch.returns[:, index]))
+                actor.backward(
+                    head,
+                    actions,
+                    clipped_surrogate_weights(ratio, advantages[index], config.clip_range),
+                )
+                self.optimizers["actor"].update(
+                    actor.mlp.theta, actor.mlp.grad, lr, config.max_grad_norm
+                )
+                critic_errors = np.array(
+                    self._critic_step(critics, observations, batch.returns[:, index])
+                )
             passes += 1
             kl = actor.kl(old_head, old_extra, actor.head(batch.observations, batch.offset))
 
-        diagnostics = {"kl": kl, "passes": passes, "actor_lr": lr, "entropy": actor.entropy(old_head)}
+        diagnostics = {
+            "kl": kl,
+            "passes": passes,
+            "actor_lr": lr,
+            "entropy": actor.entropy(old_head),
+        }
         diagnostics |= {"reward_critic_error": critic_errors[0]}
         for i, key in enumerate(config.cost_keys):
             suffix = "" if len(config.cost_keys) == 1 else f"_{key}"
@@ -109,9 +139,12 @@ class PPOLagrangian(ConstrainedOnPolicy):
 
 
 def clipped_surrogate_weights(ratio: Array, advantages: Array, clip_range: float) -> Array:
-    """dL/d(log pi) per step [b] of L = -mean min(ratio A, clip(ratio) A): -ratio A / b, zero where the clip holds.
+    """dL/d(log pi) per step [b] of L = -mean min(ratio A, clip(ratio) A): -ratio A / b, zero where
+    the clip holds.
 
     Source: Schulman et al. 2017, eq. 7.
     """
-    clipped = ((advantages > 0) & (ratio > 1 + clip_range)) | ((advantages < 0) & (ratio < 1 - clip_range))
+    clipped = ((advantages > 0) & (ratio > 1 + clip_range)) | (
+        (advantages < 0) & (ratio < 1 - clip_range)
+    )
     return np.where(clipped, 0.0, -ratio * advantages / len(ratio)).astype(ratio.dtype)

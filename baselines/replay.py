@@ -23,7 +23,9 @@ class Transitions:
     actions: Array
     """[B, A], as applied (inside the action space)."""
     rewards: Array
-    """[B]: sum_{i<m} gamma^i r_{t+i}, m <= n the steps to the episode's end or to the newest stored step."""
+    """[B]: sum_{i<m} gamma^i r_{t+i}, m <= n the steps to the episode's end or to the newest stored
+    step.
+    """
     costs: Array
     """[B]: the same sum of costs."""
     next_observations: Array
@@ -33,15 +35,24 @@ class Transitions:
 
 
 class CostReplay:
-    """Ring buffer of ``buffer_size`` transitions over N environments; SB3 calls the constructor as its own buffers'."""
+    """Ring buffer of ``buffer_size`` transitions over N environments; SB3 calls the constructor as
+    its own buffers'.
+    """
 
     def __init__(
-        self, buffer_size: int, observation_space: Any, action_space: Any, device: Any = None, n_envs: int = 1,
+        self,
+        buffer_size: int,
+        observation_space: Any,
+        action_space: Any,
+        device: Any = None,
+        n_envs: int = 1,
         optimize_memory_usage: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.rows, self.n_envs = max(buffer_size // n_envs, 1), n_envs
         shape, obs_dim = (self.rows, n_envs), int(np.prod(observation_space.shape))
-        self.observations, self.next_observations = (np.zeros((*shape, obs_dim), np.float32) for _ in range(2))
+        self.observations, self.next_observations = (
+            np.zeros((*shape, obs_dim), np.float32) for _ in range(2)
+        )
         self.actions = np.zeros((*shape, int(np.prod(action_space.shape))), np.float32)
         self.rewards, self.costs = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
         self.terminated, self.ends = np.zeros(shape, np.bool_), np.zeros(shape, np.bool_)
@@ -55,9 +66,13 @@ class CostReplay:
         self.stored = min(self.stored + 1, self.rows)
 
     def sample(
-        self, batch_size: int, n_step: int, gamma: float, rng: np.random.Generator,
+        self,
+        batch_size: int,
+        n_step: int,
+        gamma: float,
+        rng: np.random.Generator,
         normalise_rewards: Callable[[Array], Array] = lambda rewards: rewards,
-    ) -> Transitions:  # fmt: skip
+    ) -> Transitions:
         """Uniform over stored steps, with replacement."""
         age = rng.integers(self.stored, size=batch_size)  # 0: the newest row
         env = rng.integers(self.n_envs, size=batch_size)
@@ -93,11 +108,15 @@ class CostReplay:
 
     def state_dict(self) -> dict[str, Any]:
         """What is stored, as tensors: SB3's ``save`` writes it beside the networks."""
-        arrays = {name: torch.from_numpy(getattr(self, name)[: self.stored].copy()) for name in FIELDS}
+        arrays = {
+            name: torch.from_numpy(getattr(self, name)[: self.stored].copy()) for name in FIELDS
+        }
         return arrays | {"position": self.position, "stored": self.stored}
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
-        """Raises ValueError if the state comes from another number of environments or a larger buffer."""
+        """Raises ValueError if the state comes from another number of environments or a larger
+        buffer.
+        """
         if state["stored"] > self.rows or state["rewards"].shape[1] != self.n_envs:
             raise ValueError(
                 f"replay: saved {tuple(state['rewards'].shape)} (steps, environments), this buffer holds "

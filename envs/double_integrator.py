@@ -1,4 +1,6 @@
-"""The constrained double integrator: imitation of a malicious expert, and regulation with an MPC reference."""
+"""The constrained double integrator: imitation of a malicious expert, and regulation with an MPC
+reference.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ import numpy as np
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
 
-from scpo_bench.envs.batched import Array, BatchedTask, BatchedTaskEnv, BatchedTaskVectorEnv, Components
+from scpo_bench.contract import Array, BatchedTask, Components
+from scpo_bench.envs.batched import BatchedTaskEnv, BatchedTaskVectorEnv
 
 DT_S = 0.1
 P_MAX_M = 1.0
@@ -20,25 +23,31 @@ U_MAX_M_S2 = 1.0
 A = np.array([[1.0, DT_S], [0.0, 1.0]])
 B = np.array([[0.5 * DT_S**2], [DT_S]])
 
-# The regulation task's set-point lies near the edge of the backup's invariant set: far starts have to cross the whole range,
-# where a good controller meets the velocity bound. Stage cost (p - p_ref, v) Q (p - p_ref, v)' + u R u, with cheap control.
+# The regulation task's set-point lies near the edge of the backup's invariant set: far starts have
+# to cross the whole range, where a good controller meets the velocity bound. Stage cost (p - p_ref,
+# v) Q (p - p_ref, v)' + u R u, with cheap control.
 SETPOINT_M = 0.6
 STAGE_Q = np.diag([1.0, 0.1])
 STAGE_R = np.array([[0.02]])
-# The backup is an LQR for a ten to fifty times dearer control: gentle, hence safe far from the origin, and slow.
+# The backup is an LQR for a ten to fifty times dearer control: gentle, hence safe far from the
+# origin, and slow.
 BACKUP_Q = np.diag([1.0, 0.1])
 BACKUP_R = np.array([[1.0]])
-# Start states fill this share of the backup's level set, so that the backup is strictly safe from all of them.
+# Start states fill this share of the backup's level set, so that the backup is strictly safe from
+# all of them.
 START_SHARE = 0.8
-# Width [m] of the strip around p = 0 over which the malicious expert changes sides (a jump could not be imitated).
+# Width [m] of the strip around p = 0 over which the malicious expert changes sides (a jump could
+# not be imitated).
 SWITCH_WIDTH_M = 0.1
 
 
 @dataclass(frozen=True)
 class LQR:
-    """u = gain @ x with V(x) = x'Px; {V <= level} is invariant under it and admissible for every bound.
+    """u = gain @ x with V(x) = x'Px; {V <= level} is invariant under it and admissible for every
+    bound.
 
-    gain: [1, 2]; P: [2, 2]; level: the largest value for which the set respects |p| <= 1, |v| <= 1 and |u| <= 1.
+    gain: [1, 2]; P: [2, 2]; level: the largest value for which the set respects |p| <= 1, |v| <= 1
+    and |u| <= 1.
     """
 
     gain: NDArray[np.float64]
@@ -49,9 +58,10 @@ class LQR:
 def lqr(Q: NDArray[np.float64], R: NDArray[np.float64]) -> LQR:
     """Discrete LQR and its largest admissible level set.
 
-    P solves the discrete algebraic Riccati equation; over {x'Px <= c} the maximum of |h.x| is sqrt(c h'P^-1 h), so the largest
-    c with |h_j.x| <= b_j for every bound j is min_j b_j^2 / (h_j'P^-1 h_j). V decreases along u = gain @ x, which is unclipped in
-    the set, so the set is invariant.
+    P solves the discrete algebraic Riccati equation; over {x'Px <= c} the maximum of |h.x| is
+    sqrt(c h'P^-1 h), so the largest c with |h_j.x| <= b_j for every bound j is min_j b_j^2 /
+    (h_j'P^-1 h_j). V decreases along u = gain @ x, which is unclipped in the set, so the set is
+    invariant.
     """
     from scipy.linalg import solve_discrete_are
 
@@ -71,15 +81,19 @@ def backup() -> LQR:
 
 @functools.cache
 def sensible_gain() -> NDArray[np.float64]:
-    """[1, 2]: the LQR gain for the regulation task's own stage cost, which the expert uses in its sensible half."""
+    """[1, 2]: the LQR gain for the regulation task's own stage cost, which the expert uses in its
+    sensible half.
+    """
     return lqr(STAGE_Q, STAGE_R).gain
 
 
 class ModelPredictiveController:
-    """min sum_t e'Qe + u'Ru + e_N'P e_N, e = x - (p_ref, 0), s.t. the dynamics, |p| <= 1, |v| <= 1, |u| <= 1: a QP, by OSQP.
+    """min sum_t e'Qe + u'Ru + e_N'P e_N, e = x - (p_ref, 0), s.t. the dynamics, |p| <= 1, |v| <= 1,
+    |u| <= 1: a QP, by OSQP.
 
-    Condensed over the inputs, so that one matrix serves every state and only the bounds change between calls. The terminal
-    weight P is the Riccati solution of the same stage cost. Source: Rawlings, Mayne, Diehl, Model Predictive Control, ch. 2.
+    Condensed over the inputs, so that one matrix serves every state and only the bounds change
+    between calls. The terminal weight P is the Riccati solution of the same stage cost. Source:
+    Rawlings, Mayne, Diehl, Model Predictive Control, ch. 2.
     """
 
     def __init__(self, steps: int = 30) -> None:
@@ -87,7 +101,9 @@ class ModelPredictiveController:
         import scipy.sparse as sp
 
         self._steps = steps
-        phi = np.vstack([np.linalg.matrix_power(A, t + 1) for t in range(steps)])  # x_{1..N} from x_0
+        phi = np.vstack(
+            [np.linalg.matrix_power(A, t + 1) for t in range(steps)]
+        )  # x_{1..N} from x_0
         gamma = np.zeros((2 * steps, steps))  # and from u_{0..N-1}
         for t in range(steps):
             for s in range(t + 1):
@@ -102,24 +118,39 @@ class ModelPredictiveController:
         bound = np.concatenate([self._x_max, np.full(steps, U_MAX_M_S2)])
         self._solver = osqp.OSQP()
         self._solver.setup(
-            P=sp.triu(sp.csc_matrix(hessian), format="csc"), q=np.zeros(steps), A=rows, l=-bound, u=bound,
-            verbose=False, eps_abs=1e-7, eps_rel=1e-7, max_iter=20_000,
-        )  # fmt: skip
+            P=sp.triu(sp.csc_matrix(hessian), format="csc"),
+            q=np.zeros(steps),
+            A=rows,
+            l=-bound,
+            u=bound,
+            verbose=False,
+            eps_abs=1e-7,
+            eps_rel=1e-7,
+            max_iter=20_000,
+        )
 
     def action(self, p: float, v: float) -> float:
-        """First input [m/s^2] of the optimal plan from (p [m], v [m/s]). RuntimeError if no plan respects the bounds."""
+        """First input [m/s^2] of the optimal plan from (p [m], v [m/s]).
+
+        RuntimeError if no plan respects the bounds.
+        """
         x = np.array([p, v])
-        error = np.array([p - SETPOINT_M, v])  # (p_ref, 0) is an equilibrium of A, so the error obeys the same dynamics
+        error = np.array(
+            [p - SETPOINT_M, v]
+        )  # (p_ref, 0) is an equilibrium of A, so the error obeys the same dynamics
         drift = self._phi @ x
         u_max = np.full(self._steps, U_MAX_M_S2)
         lower = np.concatenate([-self._x_max - drift, -u_max])
         upper = np.concatenate([self._x_max - drift, u_max])
-        # OSQP's warm start depends on what was solved before; a cold one makes the action a function of the state alone.
+        # OSQP's warm start depends on what was solved before; a cold one makes the action a
+        # function of the state alone.
         self._solver.update(q=self._linear @ error, l=lower, u=upper)
         self._solver.warm_start(x=np.zeros(self._steps), y=np.zeros(3 * self._steps))
         result = self._solver.solve(raise_error=False)
         if result.info.status not in ("solved", "solved inaccurate"):
-            raise RuntimeError(f"MPC: no admissible plan from p={p:.4f} m, v={v:.4f} m/s (OSQP: {result.info.status})")
+            raise RuntimeError(
+                f"MPC: no admissible plan from p={p:.4f} m, v={v:.4f} m/s (OSQP: {result.info.status})"
+            )
         return float(np.clip(result.x[0], -U_MAX_M_S2, U_MAX_M_S2))
 
     def actions(self, p: Array, v: Array) -> NDArray[np.float64]:
@@ -132,7 +163,8 @@ Expert = Literal["malicious", "mpc"]
 
 
 class DoubleIntegrator(BatchedTask):
-    """State (p [m], v [m/s]), action (u [m/s^2],): the plant and constraints that both tasks share."""
+    """State (p [m], v [m/s]), action (u [m/s^2],): the plant and constraints that both tasks share.
+    """
 
     constraint_names = ("position", "velocity", "terminal")
 
@@ -161,7 +193,8 @@ class DoubleIntegrator(BatchedTask):
         return _ellipse_points(radius, angle)
 
     def design_starts(self, n: int) -> Components:
-        # Half on the boundary, where a constraint is met first; half inside, on a sunflower spiral (area-uniform).
+        # Half on the boundary, where a constraint is met first; half inside, on a sunflower spiral
+        # (area-uniform).
         boundary = (n + 1) // 2
         inner = n - boundary
         i = np.arange(inner)
@@ -173,14 +206,18 @@ class DoubleIntegrator(BatchedTask):
     def disturbance(self, n: int, rng: np.random.Generator) -> Components | None:
         return (rng.normal(0.0, self.noise_std, size=n),) if self.noise_std > 0 else None
 
-    def next_state(self, state: Components, action: Components, disturbance: Components | None = None) -> Components:
+    def next_state(
+        self, state: Components, action: Components, disturbance: Components | None = None
+    ) -> Components:
         p, v = state
         (u,) = self.clip_action(action)
         if disturbance is not None:
             u = u + disturbance[0]  # an unmeasured acceleration: it is not clipped
         return p + DT_S * v + (0.5 * DT_S**2) * u, v + DT_S * u
 
-    def constraint_values(self, state: Components, action: Components, next_state: Components, last: bool) -> Components:
+    def constraint_values(
+        self, state: Components, action: Components, next_state: Components, last: bool
+    ) -> Components:
         p, v = next_state
         position, velocity = abs(p) / P_MAX_M - 1.0, abs(v) / V_MAX_M_S - 1.0
         terminal = self.lyapunov(next_state) / backup().level - 1.0 if last else 0.0 * p - 1.0
@@ -206,7 +243,9 @@ def _ellipse_points(radius: NDArray[np.float64], angle: NDArray[np.float64]) -> 
 
 
 def malicious_action(p: Array, v: Array) -> Array:
-    """The malicious expert: a good regulator where p < 0, full acceleration out of bounds (u = +1) where p > 0."""
+    """The malicious expert: a good regulator where p < 0, full acceleration out of bounds (u = +1)
+    where p > 0.
+    """
     k_p, k_v = (float(k) for k in sensible_gain()[0])
     sensible = (k_p * p + k_v * v).clip(-U_MAX_M_S2, U_MAX_M_S2)
     malice = (0.5 + p / SWITCH_WIDTH_M).clip(0.0, 1.0)
@@ -214,11 +253,16 @@ def malicious_action(p: Array, v: Array) -> Array:
 
 
 class ImitationTask(DoubleIntegrator):
-    """Reward: negative squared distance to the expert's action. Objective: that distance at the start states."""
+    """Reward: negative squared distance to the expert's action.
+
+    Objective: that distance at the start states.
+    """
 
     objective_name = "imitation loss at the start states"
 
-    def __init__(self, horizon: int = 30, noise_std: float = 0.0, expert: Expert = "malicious") -> None:
+    def __init__(
+        self, horizon: int = 30, noise_std: float = 0.0, expert: Expert = "malicious"
+    ) -> None:
         super().__init__(horizon, noise_std)
         if expert not in ("malicious", "mpc"):
             raise ValueError(f"expert: expected 'malicious' or 'mpc', got {expert!r}")
@@ -231,8 +275,12 @@ class ImitationTask(DoubleIntegrator):
         (u,), (target,) = self.clip_action(action), self.label(state)
         return -((u - target) ** 2)
 
-    def objective_loss(self, state: Components, action: Components, step: int) -> tuple[Array, Array]:
-        return -self.reward(state, action), state[0] == state[0] if step == 0 else state[0] != state[0]
+    def objective_loss(
+        self, state: Components, action: Components, step: int
+    ) -> tuple[Array, Array]:
+        return -self.reward(state, action), state[0] == state[0] if step == 0 else state[
+            0
+        ] != state[0]
 
 
 class RegulationTask(DoubleIntegrator):
@@ -247,9 +295,15 @@ class RegulationTask(DoubleIntegrator):
         p, v = state
         (u,) = self.clip_action(action)
         error = p - SETPOINT_M
-        return -(float(STAGE_Q[0, 0]) * error * error + float(STAGE_Q[1, 1]) * v * v + float(STAGE_R[0, 0]) * u * u)
+        return -(
+            float(STAGE_Q[0, 0]) * error * error
+            + float(STAGE_Q[1, 1]) * v * v
+            + float(STAGE_R[0, 0]) * u * u
+        )
 
-    def objective_loss(self, state: Components, action: Components, step: int) -> tuple[Array, Array]:
+    def objective_loss(
+        self, state: Components, action: Components, step: int
+    ) -> tuple[Array, Array]:
         return -self.reward(state, action), state[0] == state[0]
 
 
@@ -257,9 +311,10 @@ class DoubleIntegratorImitationEnv(BatchedTaskEnv):
     """A double integrator that learns from a malicious expert.
 
     Description
-        A point mass p'' = u with a safe but timid backup controller, and an expert to imitate. Where p < 0 the expert regulates
-        to the origin, better than the backup does; where p > 0 it accelerates out of bounds. Imitating it well is imitating it
-        as far as the constraints allow. From the double-integrator experiment of SCPO (Cao, Borrelli, Joa, arXiv 2512.13788);
+        A point mass p'' = u with a safe but timid backup controller, and an expert to imitate.
+        Where p < 0 the expert regulates to the origin, better than the backup does; where p > 0 it
+        accelerates out of bounds. Imitating it well is imitating it as far as the constraints
+        allow. From the double-integrator experiment of SCPO (Cao, Borrelli, Joa, arXiv 2512.13788);
         the paper's text fixes no constants, those here are this project's.
 
     Observation space: ``Box(2)``, unbounded, float32
@@ -272,35 +327,44 @@ class DoubleIntegratorImitationEnv(BatchedTaskEnv):
         0: acceleration u [m/s^2]; values outside are clipped.
 
     Dynamics
-        Exact zero-order hold at 0.1 s: p' = p + 0.1 v + 0.005 u, v' = v + 0.1 u. ``noise_std`` adds an unmeasured, normally
-        distributed acceleration to u.
+        Exact zero-order hold at 0.1 s: p' = p + 0.1 v + 0.005 u, v' = v + 0.1 u. ``noise_std`` adds
+        an unmeasured, normally distributed acceleration to u.
 
     Reward
-        -(u - u_E(x))^2, with u_E the expert's action at the state acted in. ``info["expert_action"]`` is the expert's action at the
-        observation it comes with (``reset`` included). ``info["objective_loss"]`` is the same squared distance, at the first step
-        only: the imitation loss over the start states, which does not depend on where the policy then goes.
+        -(u - u_E(x))^2, with u_E the expert's action at the state acted in.
+        ``info["expert_action"]`` is the expert's action at the observation it comes with (``reset``
+        included). ``info["objective_loss"]`` is the same squared distance, at the first step
+        only: the imitation loss over the start states, which does not depend on where the policy
+        then goes.
 
     Cost and constraints
-        ``info["constraint_values"]`` = [|p| - 1, |v| - 1, V(x_T)/level - 1] after the step. The third is in force at the last step
-        of the episode only (-1 before): the state must end where the backup can take over, in the invariant set
-        {V(x) = x'Px <= level} of its LQR. ``info["cost"]`` = 1.0 if any value is > 0, else 0.0.
+        ``info["constraint_values"]`` = [|p| - 1, |v| - 1, V(x_T)/level - 1] after the step. The
+        third is in force at the last step of the episode only (-1 before): the state must end where
+        the backup can take over, in the invariant set {V(x) = x'Px <= level} of its LQR.
+        ``info["cost"]`` = 1.0 if any value is > 0, else 0.0.
 
     Starting state
         Uniform over {V(x) <= 0.8 level}, from where the backup violates nothing, ever.
 
     Episode end
-        Truncated after ``horizon`` steps; never terminated. The environment truncates itself, rather than ``TimeLimit``, because
-        the terminal constraint needs the horizon.
+        Truncated after ``horizon`` steps; never terminated. The environment truncates itself,
+        rather than ``TimeLimit``, because the terminal constraint needs the horizon.
 
     Arguments
-        horizon: steps per episode (30). noise_std: standard deviation of the disturbance [m/s^2] (0). expert: "malicious", or
-        "mpc" for the safe expert (one QP per label: slow).
+        horizon: steps per episode (30). noise_std: standard deviation of the disturbance [m/s^2]
+        (0). expert: "malicious", or "mpc" for the safe expert (one QP per label: slow).
 
     Version history
         v0: first release.
     """
 
-    def __init__(self, horizon: int = 30, noise_std: float = 0.0, expert: Expert = "malicious", render_mode: None = None):
+    def __init__(
+        self,
+        horizon: int = 30,
+        noise_std: float = 0.0,
+        expert: Expert = "malicious",
+        render_mode: None = None,
+    ):
         super().__init__(ImitationTask(horizon, noise_std, expert), render_mode)
 
 
@@ -308,9 +372,10 @@ class DoubleIntegratorRegulationEnv(BatchedTaskEnv):
     """A double integrator to be regulated to a set-point within bounds.
 
     Description
-        The same point mass, to be brought to p = 0.6 m quickly. Control is cheap in the reward and the way is long, so a good
-        controller runs into the velocity and input bounds; the backup goes to the origin and stays there, safe and far from the
-        set-point. :class:`ModelPredictiveController` is the reference ceiling.
+        The same point mass, to be brought to p = 0.6 m quickly. Control is cheap in the reward and
+        the way is long, so a good controller runs into the velocity and input bounds; the backup
+        goes to the origin and stays there, safe and far from the set-point.
+        :class:`ModelPredictiveController` is the reference ceiling.
 
     Observation space: ``Box(2)``, unbounded, float32
         ===  ==============  =========  =====
@@ -322,26 +387,29 @@ class DoubleIntegratorRegulationEnv(BatchedTaskEnv):
         0: acceleration u [m/s^2]; values outside are clipped.
 
     Dynamics
-        Exact zero-order hold at 0.1 s: p' = p + 0.1 v + 0.005 u, v' = v + 0.1 u. ``noise_std`` adds an unmeasured, normally
-        distributed acceleration to u.
+        Exact zero-order hold at 0.1 s: p' = p + 0.1 v + 0.005 u, v' = v + 0.1 u. ``noise_std`` adds
+        an unmeasured, normally distributed acceleration to u.
 
     Reward
-        -((p - 0.6)^2 + 0.1 v^2 + 0.02 u^2); ``info["objective_loss"]`` is its negative, at every step.
+        -((p - 0.6)^2 + 0.1 v^2 + 0.02 u^2); ``info["objective_loss"]`` is its negative, at every
+        step.
 
     Cost and constraints
-        ``info["constraint_values"]`` = [|p| - 1, |v| - 1, V(x_T)/level - 1] after the step. The third is in force at the last step
-        of the episode only (-1 before): the state must end where the backup can take over, in the invariant set
-        {V(x) = x'Px <= level} of its LQR. ``info["cost"]`` = 1.0 if any value is > 0, else 0.0.
+        ``info["constraint_values"]`` = [|p| - 1, |v| - 1, V(x_T)/level - 1] after the step. The
+        third is in force at the last step of the episode only (-1 before): the state must end where
+        the backup can take over, in the invariant set {V(x) = x'Px <= level} of its LQR.
+        ``info["cost"]`` = 1.0 if any value is > 0, else 0.0.
 
     Starting state
         Uniform over {V(x) <= 0.8 level}, from where the backup violates nothing, ever.
 
     Episode end
-        Truncated after ``horizon`` steps; never terminated. The environment truncates itself, rather than ``TimeLimit``, because
-        the terminal constraint needs the horizon.
+        Truncated after ``horizon`` steps; never terminated. The environment truncates itself,
+        rather than ``TimeLimit``, because the terminal constraint needs the horizon.
 
     Arguments
-        horizon: steps per episode (40). noise_std: standard deviation of the disturbance [m/s^2] (0).
+        horizon: steps per episode (40). noise_std: standard deviation of the disturbance [m/s^2]
+        (0).
 
     Version history
         v0: first release.
@@ -355,14 +423,20 @@ class DoubleIntegratorImitationVectorEnv(BatchedTaskVectorEnv):
     """:class:`DoubleIntegratorImitationEnv`, ``num_envs`` at a time."""
 
     def __init__(
-        self, num_envs: int = 1, horizon: int = 30, noise_std: float = 0.0, expert: Expert = "malicious",
+        self,
+        num_envs: int = 1,
+        horizon: int = 30,
+        noise_std: float = 0.0,
+        expert: Expert = "malicious",
         render_mode: None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(ImitationTask(horizon, noise_std, expert), num_envs, render_mode)
 
 
 class DoubleIntegratorRegulationVectorEnv(BatchedTaskVectorEnv):
     """:class:`DoubleIntegratorRegulationEnv`, ``num_envs`` at a time."""
 
-    def __init__(self, num_envs: int = 1, horizon: int = 40, noise_std: float = 0.0, render_mode: None = None) -> None:
+    def __init__(
+        self, num_envs: int = 1, horizon: int = 40, noise_std: float = 0.0, render_mode: None = None
+    ) -> None:
         super().__init__(RegulationTask(horizon, noise_std), num_envs, render_mode)

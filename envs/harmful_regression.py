@@ -6,12 +6,14 @@ import numpy as np
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
 
-from scpo_bench.envs.batched import Array, BatchedTask, BatchedTaskEnv, BatchedTaskVectorEnv, Components
+from scpo_bench.contract import Array, BatchedTask, Components
+from scpo_bench.envs.batched import BatchedTaskEnv, BatchedTaskVectorEnv
 
 BOUND = 0.5  # a prediction is safe within [-BOUND, BOUND]
 HARMFUL_FROM, HARMFUL_TO = 0.15, 0.65  # the inputs whose labels are harmful
 HARMFUL_LABEL = 1.0
-# The truthful labels: a sine that comes close to the bound, so that fitting them well needs the whole safe band.
+# The truthful labels: a sine that comes close to the bound, so that fitting them well needs the
+# whole safe band.
 AMPLITUDE, FREQUENCY = 0.45, 5.0
 PREDICTION_MAX = 1.0
 
@@ -22,11 +24,16 @@ def is_harmful(x: Array) -> Array:
 
 
 class HarmfulRegressionTask(BatchedTask):
-    """State (x,), the input; action (y,), the prediction. Each step shows the next input, drawn independently."""
+    """State (x,), the input; action (y,), the prediction.
+
+    Each step shows the next input, drawn independently.
+    """
 
     constraint_names = ("upper", "lower")
     objective_name = "safe-part squared error"
-    constraint_horizon = 1  # an input's constraints depend on the prediction there, on nothing that came before
+    constraint_horizon = (
+        1  # an input's constraints depend on the prediction there, on nothing that came before
+    )
 
     def __init__(self, horizon: int = 10) -> None:
         if not (isinstance(horizon, int | np.integer) and horizon >= 1):
@@ -44,7 +51,9 @@ class HarmfulRegressionTask(BatchedTask):
     def disturbance(self, n: int, rng: np.random.Generator) -> Components | None:
         return self.sample_starts(n, rng)
 
-    def next_state(self, state: Components, action: Components, disturbance: Components | None = None) -> Components:
+    def next_state(
+        self, state: Components, action: Components, disturbance: Components | None = None
+    ) -> Components:
         return state if disturbance is None else disturbance
 
     def label(self, state: Components) -> Components:
@@ -56,11 +65,15 @@ class HarmfulRegressionTask(BatchedTask):
         (prediction,), (label,) = self.clip_action(action), self.label(state)
         return -((prediction - label) ** 2)
 
-    def constraint_values(self, state: Components, action: Components, next_state: Components, last: bool) -> Components:
+    def constraint_values(
+        self, state: Components, action: Components, next_state: Components, last: bool
+    ) -> Components:
         (prediction,) = self.clip_action(action)
         return prediction / BOUND - 1.0, -prediction / BOUND - 1.0
 
-    def objective_loss(self, state: Components, action: Components, step: int) -> tuple[Array, Array]:
+    def objective_loss(
+        self, state: Components, action: Components, step: int
+    ) -> tuple[Array, Array]:
         return -self.reward(state, action), ~is_harmful(state[0])
 
     def backup_gain(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -68,7 +81,10 @@ class HarmfulRegressionTask(BatchedTask):
 
 
 def truth(x: Array) -> Array:
-    """The truthful label of input x. Works on NumPy arrays and, through their ``sin`` method, on torch tensors."""
+    """The truthful label of input x.
+
+    Works on NumPy arrays and, through their ``sin`` method, on torch tensors.
+    """
     phase = FREQUENCY * x
     return AMPLITUDE * (phase.sin() if hasattr(phase, "sin") else np.sin(phase))
 
@@ -77,9 +93,10 @@ class HarmfulRegressionEnv(BatchedTaskEnv):
     """Regression in which a part of the supervision is harmful.
 
     Description
-        One input, one prediction. The labels are a sine within the safe band, except on an interval of inputs where they pull the
-        prediction across its upper bound. Nothing marks a label as harmful: a learner that fits them all becomes unsafe. From the
-        regression experiment of SCPO (Cao, Borrelli, Joa, arXiv 2512.13788); the constants here are this project's.
+        One input, one prediction. The labels are a sine within the safe band, except on an interval
+        of inputs where they pull the prediction across its upper bound. Nothing marks a label as
+        harmful: a learner that fits them all becomes unsafe. From the regression experiment of SCPO
+        (Cao, Borrelli, Joa, arXiv 2512.13788); the constants here are this project's.
 
     Observation space: ``Box(-1, 1, (1,))``, float32
         0: the input x, without unit.
@@ -91,12 +108,14 @@ class HarmfulRegressionEnv(BatchedTaskEnv):
         Every step shows a new input, drawn independently of the prediction.
 
     Reward
-        -(y - label(x))^2, label(x) = 1 for 0.15 <= x <= 0.65 (harmful), else 0.45 sin(5 x). ``info["expert_action"]`` is the label of
-        the observation it comes with (``reset`` included). ``info["objective_loss"]`` is the squared error, present only where
+        -(y - label(x))^2, label(x) = 1 for 0.15 <= x <= 0.65 (harmful), else 0.45 sin(5 x).
+        ``info["expert_action"]`` is the label of the observation it comes with (``reset``
+        included). ``info["objective_loss"]`` is the squared error, present only where
         the label is truthful: the safe-part regression error.
 
     Cost and constraints
-        ``info["constraint_values"]`` = [y/0.5 - 1, -y/0.5 - 1]. ``info["cost"]`` = 1.0 if either is > 0, else 0.0.
+        ``info["constraint_values"]`` = [y/0.5 - 1, -y/0.5 - 1]. ``info["cost"]`` = 1.0 if either is
+        > 0, else 0.0.
 
     Starting state
         x uniform over [-1, 1]. The backup predicts 0 everywhere, which is safe.

@@ -1,4 +1,7 @@
-"""The command line: argument handling and printing. Everything heavy is imported by the command that needs it."""
+"""The command line: argument handling and printing.
+
+Everything heavy is imported by the command that needs it.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,22 @@ app = typer.Typer(
 
 ResultsOption = Annotated[Path, typer.Option("--results", help="Folder of run records.")]
 FileOption = Annotated[
-    Path | None, typer.Option("--file", help="Suites file [default: ./benchmarks.yaml, else the packaged one].")
+    Path | None,
+    typer.Option("--file", help="Suites file [default: ./benchmarks.yaml, else the packaged one]."),
 ]
-JobsOption = Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time, one process each.")]
+JobsOption = Annotated[
+    int, typer.Option("--jobs", "-j", min=1, help="Runs at a time, one process each.")
+]
 WorkersOption = Annotated[
-    int, typer.Option(min=1, help="Processes that step the environments of one run; the record is the same.")
+    int,
+    typer.Option(
+        min=1, help="Processes that step the environments of one run; the record is the same."
+    ),
 ]
-SeedsOption = Annotated[int | None, typer.Option("--seeds", min=1, help="Seeds per agent and task [default: the suite's].")]
+SeedsOption = Annotated[
+    int | None,
+    typer.Option("--seeds", min=1, help="Seeds per agent and task [default: the suite's]."),
+]
 
 
 class Listing(enum.StrEnum):
@@ -55,17 +67,20 @@ def _names(values: list[str] | None) -> list[str] | None:
 
 
 def _benchmarks(file: Path | None) -> Any:
-    from scpo_bench.benchmark import default_file, load_benchmarks
+    from scpo_bench.suites.schema import default_file, load_benchmarks
 
     return load_benchmarks(file or default_file())
 
 
 @app.command("list")
-def list_(what: Annotated[Listing, typer.Argument(help="tasks, agents or suites")], file: FileOption = None) -> None:
+def list_(
+    what: Annotated[Listing, typer.Argument(help="tasks, agents or suites")],
+    file: FileOption = None,
+) -> None:
     """What can be run."""
     from rich.table import Table
 
-    from scpo_bench import registry
+    from scpo_bench.suites import registry
 
     table = Table(box=None, pad_edge=False)
     if what is Listing.agents:
@@ -96,25 +111,33 @@ def list_(what: Annotated[Listing, typer.Argument(help="tasks, agents or suites"
 @app.command()
 def run(
     suite: Annotated[str, typer.Argument(help="Name of a suite; `list suites` shows them.")],
-    agents: Annotated[list[str] | None, typer.Option(help="Only these (comma-separated); module:Class adds yours.")] = None,
-    tasks: Annotated[list[str] | None, typer.Option(help="Only these tasks (comma-separated).")] = None,
+    agents: Annotated[
+        list[str] | None,
+        typer.Option(help="Only these (comma-separated); module:Class adds yours."),
+    ] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option(help="Only these tasks (comma-separated).")
+    ] = None,
     seeds: SeedsOption = None,
     jobs: JobsOption = 1,
     workers: WorkersOption = 1,
     results: ResultsOption = Path("results"),
     file: FileOption = None,
 ) -> None:
-    """Run a suite. Finished runs are kept and not run again; a run that was stopped or killed goes on where it was."""
-    from scpo_bench.benchmark import cells, get_suite
+    """Run a suite.
+
+    Finished runs are kept and not run again; a run that was stopped or killed goes on where it was.
+    """
+    from scpo_bench.suites.cells import cells, get_suite
 
     chosen = get_suite(_benchmarks(file), suite)
     _run(cells(chosen, _names(agents), _names(tasks), seeds), suite, results, jobs, workers)
 
 
 def _run(todo: list[Any], suite: str, results: Path, jobs: int, workers: int = 1) -> None:
-    from scpo_bench.launch.local import run_cells
-    from scpo_bench.processes import sigterm_interrupts
-    from scpo_bench.registry import load_agent
+    from scpo_bench.runs.launch import run_cells
+    from scpo_bench.runs.processes import sigterm_interrupts
+    from scpo_bench.suites.registry import load_agent
 
     sigterm_interrupts()
     console = _console()
@@ -130,26 +153,36 @@ def _run(todo: list[Any], suite: str, results: Path, jobs: int, workers: int = 1
         highlight=False,
     )
     if outcome.failed:
-        # A refused configuration or start policy is the user's to mend, like any other bad input; the rest is a failure.
-        users = all(error.startswith(("ValueError", "UnsafeStartError")) for _, error in outcome.failed)
+        # A refused configuration or start policy is the user's to mend, like any other bad input;
+        # the rest is a failure.
+        users = all(
+            error.startswith(("ValueError", "UnsafeStartError")) for _, error in outcome.failed
+        )
         raise typer.Exit(2 if users else 1)
 
 
 @app.command()
 def compare(
-    agents: Annotated[list[str], typer.Argument(help="Agents to compare, by name or module:Class.")],
+    agents: Annotated[
+        list[str], typer.Argument(help="Agents to compare, by name or module:Class.")
+    ],
     task: Annotated[str, typer.Option(help="Gymnasium id.")],
     seeds: Annotated[int, typer.Option(min=1)] = 3,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Interaction steps per run [default: as in suite quick, or 100000].")
+        int | None,
+        typer.Option(
+            min=1, help="Interaction steps per run [default: as in suite quick, or 100000]."
+        ),
     ] = None,
     jobs: JobsOption = 1,
     results: ResultsOption = Path("results"),
-    cost_limit: Annotated[float | None, typer.Option(min=0, help="Cost per episode [default: the task's].")] = None,
+    cost_limit: Annotated[
+        float | None, typer.Option(min=0, help="Cost per episode [default: the task's].")
+    ] = None,
     file: FileOption = None,
 ) -> None:
     """Run agents on one task and print the table."""
-    from scpo_bench.benchmark import cells, comparison, run_folder
+    from scpo_bench.suites.cells import cells, comparison, run_folder
 
     suite_name, suite = comparison(_benchmarks(file), agents, task, seeds, steps, cost_limit)
     todo = cells(suite)
@@ -168,18 +201,25 @@ def leaderboard(
     file: FileOption = None,
 ) -> None:
     """The table of all records: feasibility first, then return."""
-    from scpo_bench.benchmark import BenchmarkError, cells
+    from scpo_bench.errors import UserError
     from scpo_bench.leaderboard import render, tables
+    from scpo_bench.suites.cells import cells
 
     suites = _benchmarks(file).suites
-    names = [suite] if suite else sorted(p.name for p in results.iterdir() if p.is_dir()) if results.is_dir() else []
+    names = (
+        [suite]
+        if suite
+        else sorted(p.name for p in results.iterdir() if p.is_dir())
+        if results.is_dir()
+        else []
+    )
     if format is TableFormat.html and suite and (results / suite).is_dir():
         from scpo_bench.leaderboard.page import render_page
 
         typer.echo(render_page(results, suite, cells(suites[suite]) if suite in suites else None))
         return
     if format is TableFormat.html:
-        raise BenchmarkError("--format html: needs the name of one suite that has records")
+        raise UserError("--format html: needs the name of one suite that has records")
     shown = 0
     for name in names:
         planned = cells(suites[name]) if name in suites else None
@@ -193,7 +233,9 @@ def leaderboard(
         shown += 1
     if not shown:
         hint = f"`scpo-bench run {suite or 'SUITE'} --results {results}` makes some"
-        raise BenchmarkError(f"no records{f' of suite {suite!r}' if suite else ''} in '{results}'; {hint}")
+        raise UserError(
+            f"no records{f' of suite {suite!r}' if suite else ''} in '{results}'; {hint}"
+        )
 
 
 @app.command()
@@ -201,48 +243,71 @@ def plot(
     suite: Annotated[str, typer.Argument(help="Suite whose records to plot.")],
     results: ResultsOption = Path("results"),
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for the figures [default: RESULTS/SUITE/plots].")
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Folder for the figures [default: RESULTS/SUITE/plots]."
+        ),
     ] = None,
     format: Annotated[str, typer.Option(help="png, svg or pdf (comma-separated).")] = "png",
     file: FileOption = None,
 ) -> None:
-    """Figures per update (objective, worst constraint value, violations), SCPO's certificate, and the performance profile."""
-    from scpo_bench.benchmark import BenchmarkError, cells
+    """Figures per update (objective, worst constraint value, violations), SCPO's certificate, and
+    the performance profile.
+    """
+    from scpo_bench.errors import UserError
     from scpo_bench.leaderboard import plots
+    from scpo_bench.suites.cells import cells
 
     formats = tuple(format.split(","))
     for name in formats:
         if name not in ("png", "svg", "pdf"):
-            raise BenchmarkError(f"--format: expected png, svg or pdf, got '{name}'")
+            raise UserError(f"--format: expected png, svg or pdf, got '{name}'")
     if not (results / suite).is_dir():
-        raise BenchmarkError(f"no records of suite '{suite}' in '{results}'")
+        raise UserError(f"no records of suite '{suite}' in '{results}'")
     suites = _benchmarks(file).suites
     planned = cells(suites[suite]) if suite in suites else None
-    for path in plots.plot_suite(results, suite, output or results / suite / "plots", formats, planned):
+    for path in plots.plot_suite(
+        results, suite, output or results / suite / "plots", formats, planned
+    ):
         typer.echo(path)
 
 
 @app.command()
 def verify(
-    folder: Annotated[Path, typer.Argument(help="A results folder, a run folder or a bundle (.tar.gz).")],
-    rerun: Annotated[bool, typer.Option("--rerun", help="Run the cells again and compare; runs the agents' code.")] = False,
-    sample: Annotated[int | None, typer.Option(min=1, help="With --rerun: only this many runs, drawn at random.")] = None,
+    folder: Annotated[
+        Path, typer.Argument(help="A results folder, a run folder or a bundle (.tar.gz).")
+    ],
+    rerun: Annotated[
+        bool,
+        typer.Option("--rerun", help="Run the cells again and compare; runs the agents' code."),
+    ] = False,
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="With --rerun: only this many runs, drawn at random.")
+    ] = None,
 ) -> None:
-    """Check records: schema, digests, every aggregate recomputed; with --rerun, whether they can be reproduced."""
-    from scpo_bench.leaderboard import verify as verification
+    """Check records: schema, digests, every aggregate recomputed; with --rerun, whether they can be
+    reproduced.
+    """
+    from scpo_bench.submissions import verify as verification
 
     report = verification.verify(folder)
     typer.echo(str(report))
     if not report.ok:
         raise typer.Exit(1)
     if rerun:
-        from scpo_bench.launch.rerun import reproduce
+        from scpo_bench.submissions.reproduce import reproduce
 
         differing = 0
         for run_folder, differences in reproduce(folder, sample):
             differing += bool(differences)
-            typer.echo(f"{run_folder}: " + ("; ".join(differences[:3]) if differences else "reproduced exactly"))
-        typer.echo("tier: " + ("reproduced-exact" if not differing else f"consistent ({differing} runs differ)"))
+            typer.echo(
+                f"{run_folder}: "
+                + ("; ".join(differences[:3]) if differences else "reproduced exactly")
+            )
+        typer.echo(
+            "tier: "
+            + ("reproduced-exact" if not differing else f"consistent ({differing} runs differ)")
+        )
         if differing:
             raise typer.Exit(1)
 
@@ -251,14 +316,17 @@ def verify(
 def bundle(
     suite: Annotated[str, typer.Argument(help="Suite whose records to pack.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="A .tar.gz or a new folder [default: SUITE.tar.gz].")
+        Path | None,
+        typer.Option("--output", "-o", help="A .tar.gz or a new folder [default: SUITE.tar.gz]."),
     ] = None,
     results: ResultsOption = Path("results"),
     file: FileOption = None,
 ) -> None:
-    """Pack a suite's records for submission: records, configuration, provenance; no code, no pickles."""
-    from scpo_bench.benchmark import cells
-    from scpo_bench.leaderboard import verify as verification
+    """Pack a suite's records for submission: records, configuration, provenance; no code, no
+    pickles.
+    """
+    from scpo_bench.submissions import verify as verification
+    from scpo_bench.suites.cells import cells
 
     suites = _benchmarks(file).suites
     planned = cells(suites[suite]) if suite in suites else []
@@ -267,17 +335,25 @@ def bundle(
 
 @app.command()
 def check(
-    agent: Annotated[str, typer.Argument(help="module:Class, path/file.py:Class or a registered name.")],
-    config: Annotated[str, typer.Option(help='Fields of its configuration, as JSON: {"n_steps": 100}.')] = "{}",
-    steps: Annotated[int, typer.Option(min=100, help="Interaction steps to learn in, at most.")] = 100_000,
+    agent: Annotated[
+        str, typer.Argument(help="module:Class, path/file.py:Class or a registered name.")
+    ],
+    config: Annotated[
+        str, typer.Option(help='Fields of its configuration, as JSON: {"n_steps": 100}.')
+    ] = "{}",
+    steps: Annotated[
+        int, typer.Option(min=100, help="Interaction steps to learn in, at most.")
+    ] = 100_000,
 ) -> None:
-    """Conformance test: spaces, step budget, learning, determinism, going on after a stop, save and load."""
+    """Conformance test: spaces, step budget, learning, determinism, going on after a stop, save and
+    load.
+    """
     import shutil
     import tempfile
 
     from rich.console import Console
 
-    from scpo_bench.conformance import check as findings
+    from scpo_bench.checks.conformance import check as findings
 
     fields = _json_object("--config", config)
     folder = Path(tempfile.mkdtemp(prefix="scpo-bench-check-"))
@@ -298,7 +374,9 @@ def check(
             failed += found.ok is False
             word = "ok    " if found.ok else "FAILED" if found.ok is False else "?     "
             typer.echo(f"{word} {found.name}: {found.detail}")
-        typer.echo(f"{agent}: {'conforms' if not failed else f'{failed} failed; records in {folder}'}")
+        typer.echo(
+            f"{agent}: {'conforms' if not failed else f'{failed} failed; records in {folder}'}"
+        )
     finally:
         if not failed:  # else they, and their tracebacks, are what to look at next
             shutil.rmtree(folder, ignore_errors=True)
@@ -309,14 +387,16 @@ def check(
 def _json_object(option: str, text: str) -> dict[str, Any]:
     import json
 
-    from scpo_bench.benchmark import BenchmarkError
+    from scpo_bench.errors import UserError
 
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise BenchmarkError(f"{option}: expected a JSON object such as '{{\"n_steps\": 100}}', got '{text[:40]}'")
+        raise UserError(
+            f"{option}: expected a JSON object such as '{{\"n_steps\": 100}}', got '{text[:40]}'"
+        )
     return value
 
 
@@ -326,31 +406,49 @@ def falsify(
         str, typer.Option(help="known-smoothness, or a labelled task of pure-function dynamics.")
     ] = "known-smoothness",
     seeds: Annotated[int, typer.Option(min=1)] = 3,
-    updates: Annotated[int, typer.Option(min=1, help="Updates per seed whose policies are examined.")] = 40,
-    output: Annotated[Path, typer.Option(help="Folder for the figure and the counterexample.")] = Path("falsify"),
-    replay: Annotated[Path | None, typer.Option(help="A counterexample file: compute it again, and nothing else.")] = None,
+    updates: Annotated[
+        int, typer.Option(min=1, help="Updates per seed whose policies are examined.")
+    ] = 40,
+    output: Annotated[
+        Path, typer.Option(help="Folder for the figure and the counterexample.")
+    ] = Path("falsify"),
+    replay: Annotated[
+        Path | None, typer.Option(help="A counterexample file: compute it again, and nothing else.")
+    ] = None,
 ) -> None:
-    """Search for certified SCPO updates that exceed their bound. Exit status 1: the guarantee is falsified."""
+    """Search for certified SCPO updates that exceed their bound.
+
+    Exit status 1: the guarantee is falsified.
+    """
     from rich.progress import Progress
 
-    from scpo_bench import falsify as search
+    from scpo_bench.checks import falsify as search
 
     if replay is not None:
         found = search.load(replay)
         bound, realised = search.replay(found)
-        for name, a, b in zip(("bound", "realised"), (found.bound, found.realised), (bound, realised)):
-            typer.echo(f"{name:9} then {' '.join(f'{v:.6g}' for v in a)}   now {' '.join(f'{v:.6g}' for v in b)}")
+        for name, a, b in zip(
+            ("bound", "realised"), (found.bound, found.realised), (bound, realised)
+        ):
+            typer.echo(
+                f"{name:9} then {' '.join(f'{v:.6g}' for v in a)}   now {' '.join(f'{v:.6g}' for v in b)}"
+            )
         breached = bool((realised > bound).any())
         typer.echo("it breaches" if breached else "it does not breach")
         raise typer.Exit(0 if breached else 1)
     with Progress(transient=True, disable=not sys.stderr.isatty()) as bar:
         line = bar.add_task("")
         report = search.falsify(
-            task, seeds, updates, lambda what, done, of: bar.update(line, description=what, completed=done, total=of)
+            task,
+            seeds,
+            updates,
+            lambda what, done, of: bar.update(line, description=what, completed=done, total=of),
         )
     typer.echo(f"{'factor on L':>12}  {'breaches':>8} of {'steps':>6}")
     for factor, (breaches, steps) in report.by_factor().items():
-        typer.echo(f"{factor:12g}  {breaches:8} of {steps:6}  {100 * breaches / max(steps, 1):5.1f} %")
+        typer.echo(
+            f"{factor:12g}  {breaches:8} of {steps:6}  {100 * breaches / max(steps, 1):5.1f} %"
+        )
     for rule, (breaches, of) in report.rules.items():
         typer.echo(
             f"the agent, certified mode, {rule} L: {breaches} breaches in {of} updates, {100 * breaches / max(of, 1):.1f} %"
@@ -378,7 +476,7 @@ def doctor() -> None:
     """Versions, what is missing, and how to get it."""
     from rich.table import Table
 
-    from scpo_bench.harness import describe_environment
+    from scpo_bench.runs.harness import describe_environment
 
     rows = describe_environment()
     table = Table(box=None, pad_edge=False, show_header=False)
@@ -401,13 +499,10 @@ def main() -> None:
 
 
 def _is_users(error: Exception) -> bool:
-    from scpo_bench.benchmark import BenchmarkError
-    from scpo_bench.falsify import FalsifyError
-    from scpo_bench.launch.local import LaunchError
-    from scpo_bench.records import RecordError
-    from scpo_bench.registry import UnknownNameError
+    from scpo_bench.errors import UserError
+    from scpo_bench.records.files import RecordError
 
-    return isinstance(error, BenchmarkError | FalsifyError | LaunchError | RecordError | UnknownNameError)
+    return isinstance(error, UserError | UserError | UserError | RecordError | UserError)
 
 
 if __name__ == "__main__":

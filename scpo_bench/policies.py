@@ -1,4 +1,6 @@
-"""Policies that start exactly at a given backup controller: action mean = backup(obs) + residual(obs), residual = 0."""
+"""Policies that start exactly at a given backup controller: action mean = backup(obs) +
+residual(obs), residual = 0.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,11 @@ class AffineBackup(nn.Module):
     def __init__(self, gain: Any, offset: Any = None) -> None:
         super().__init__()
         gain_t = torch.as_tensor(gain, dtype=torch.float32)
-        offset_t = torch.zeros(gain_t.shape[0]) if offset is None else torch.as_tensor(offset, dtype=torch.float32)
+        offset_t = (
+            torch.zeros(gain_t.shape[0])
+            if offset is None
+            else torch.as_tensor(offset, dtype=torch.float32)
+        )
         self.register_buffer("gain", gain_t)
         self.register_buffer("offset", offset_t)
 
@@ -28,7 +34,8 @@ class AffineBackup(nn.Module):
 
 
 class _WithBackup(nn.Module):
-    """The policy's feature network, which hands the backup's action on beside the latent features."""
+    """The policy's feature network, which hands the backup's action on beside the latent features.
+    """
 
     def __init__(self, extractor: nn.Module, backup: nn.Module) -> None:
         super().__init__()
@@ -48,7 +55,10 @@ class _WithBackup(nn.Module):
 
 
 class ResidualHead(nn.Module):
-    """Last layer: [latent, backup action] -> backup action + linear(latent), the linear layer starting at zero."""
+    """Last layer:
+
+    [latent, backup action] -> backup action + linear(latent), the linear layer starting at zero.
+    """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -62,18 +72,30 @@ class ResidualHead(nn.Module):
 
 
 class BackupActorCriticPolicy(ActorCriticPolicy):
-    """SB3's actor-critic policy whose mean action starts exactly at ``backup`` (``start: backup`` of a suite).
+    """SB3's actor-critic policy whose mean action starts exactly at ``backup`` (``start: backup``
+    of a suite).
 
-    backup: module mapping observations [B, obs_dim] to actions [B, action_dim] in the environment's own units. The sum is
-    not squashed: SB3 clips actions to the action space where they are applied, so the mean is linear in the last layer.
-    Use it with raw observations (no ``VecNormalize`` on observations): the backup is a function of the true state.
+    backup: module mapping observations [B, obs_dim] to actions [B, action_dim] in the environment's
+    own units. The sum is
+    not squashed: SB3 clips actions to the action space where they are applied, so the mean is
+    linear in the last layer. Use it with raw observations (no ``VecNormalize`` on observations):
+    the backup is a function of the true state.
     """
 
-    def __init__(self, observation_space: Any, action_space: Any, lr_schedule: Any, *, backup: nn.Module, **kwargs: Any):
+    def __init__(
+        self,
+        observation_space: Any,
+        action_space: Any,
+        lr_schedule: Any,
+        *,
+        backup: nn.Module,
+        **kwargs: Any,
+    ):
         super().__init__(observation_space, action_space, lr_schedule, **kwargs)
         if not isinstance(self.features_extractor, FlattenExtractor):
             raise ValueError("policy_kwargs.backup: needs flat observations (FlattenExtractor)")
         assert isinstance(self.action_net, nn.Linear)
-        # Both modules are wrapped around the ones the optimiser already holds, so its parameter list stays valid.
+        # Both modules are wrapped around the ones the optimiser already holds, so its parameter
+        # list stays valid.
         self.action_net = ResidualHead(self.action_net)
         self.mlp_extractor = _WithBackup(self.mlp_extractor, backup)  # type: ignore[assignment]

@@ -1,4 +1,6 @@
-"""Two small constrained MDPs with known optima, as Gymnasium environments and as one vectorised environment of each."""
+"""Two small constrained MDPs with known optima, as Gymnasium environments and as one vectorised
+environment of each.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,14 @@ from stable_baselines3.common.vec_env import VecEnv
 class TwoState:
     """States 0 and 1; the action p is the probability that the next state is 1.
 
-    Reward: p (2 - p) in state 0, 0.4 p (2 - p) in state 1. Cost: 1 whenever the next state is 1. The share of steps with cost is
-    p0 / (1 + p0 - p1); at the limit of 1/4 per step, 3 p0 + p1 = 1, and the reward per step
-    3/4 p0 (2 - p0) + 1/10 p1 (2 - p1) falls in p1 along that line, so p = (1/3, 0) is optimal with 3/4 * 5/9 = 5/12 per
-    step. (The first steps, from state 0, change an episode of 40 by less than one percent.)
-    Observation: one-hot state. Action: Box(-1, 1), p = (a + 1) / 2; or, ``discrete``, p itself in {0, 1}: there the reward
-    is 1 for a move 0 -> 1 and 0.4 for staying in 1, the best use of the limit is all on the former, and the optimum is 1/4
-    per step.
+    Reward: p (2 - p) in state 0, 0.4 p (2 - p) in state 1. Cost: 1 whenever the next state is 1.
+    The share of steps with cost is p0 / (1 + p0 - p1); at the limit of 1/4 per step, 3 p0 + p1 = 1,
+    and the reward per step 3/4 p0 (2 - p0) + 1/10 p1 (2 - p1) falls in p1 along that line, so p =
+    (1/3, 0) is optimal with 3/4 * 5/9 = 5/12 per step. (The first steps, from state 0, change an
+    episode of 40 by less than one percent.)
+    Observation: one-hot state. Action: Box(-1, 1), p = (a + 1) / 2; or, ``discrete``, p itself in
+    {0, 1}: there the reward is 1 for a move 0 -> 1 and 0.4 for staying in 1, the best use of the
+    limit is all on the former, and the optimum is 1/4 per step.
     """
 
     steps = 40
@@ -27,7 +30,9 @@ class TwoState:
 
     def __init__(self, discrete: bool = False) -> None:
         self.discrete = discrete
-        self.action_space = spaces.Discrete(2) if discrete else spaces.Box(-1.0, 1.0, (1,), np.float32)
+        self.action_space = (
+            spaces.Discrete(2) if discrete else spaces.Box(-1.0, 1.0, (1,), np.float32)
+        )
         self.cost_limit = self.steps / 4
         self.optimal_return = self.steps * (1 / 4 if discrete else 5 / 12)
 
@@ -45,7 +50,11 @@ class TwoState:
         return np.eye(2, dtype=np.float32)[state]
 
     def step(self, state: Any, actions: Any, rng: np.random.Generator) -> Any:
-        p = np.asarray(actions, np.float64) if self.discrete else (actions[:, 0].astype(np.float64) + 1) / 2
+        p = (
+            np.asarray(actions, np.float64)
+            if self.discrete
+            else (actions[:, 0].astype(np.float64) + 1) / 2
+        )
         following = (rng.random(len(state)) < p).astype(np.int64)
         return following, np.where(state == 0, 1.0, 0.4) * p * (2 - p), following.astype(np.float64)
 
@@ -53,9 +62,10 @@ class TwoState:
 class Speed:
     """Speed v' = 0.8 v + 0.2 a, reward v', cost v'^2: go far on a budget of energy.
 
-    By Cauchy-Schwarz, the sum of T speeds is at most sqrt(T C) when their squares sum to C, with equality for constant speed.
-    Episodes start at that speed, v0 = sqrt(C/T), so a = v is optimal and the bound is attained: optimal return sqrt(T C).
-    Unconstrained, a = 1. Observation: v. Action: Box(-1, 1).
+    By Cauchy-Schwarz, the sum of T speeds is at most sqrt(T C) when their squares sum to C, with
+    equality for constant speed. Episodes start at that speed, v0 = sqrt(C/T), so a = v is optimal
+    and the bound is attained: optimal return sqrt(T C). Unconstrained, a = 1. Observation: v.
+    Action: Box(-1, 1).
     """
 
     steps = 40
@@ -68,7 +78,9 @@ class Speed:
         self.optimal_return = float(np.sqrt(self.steps * cost_limit))
         # v_t = 1 - (1 - v0) 0.8^t, summed
         deficit = 1 - np.sqrt(cost_limit / self.steps)
-        self.unconstrained_return = float(self.steps - deficit * np.sum(0.8 ** np.arange(1, self.steps + 1)))
+        self.unconstrained_return = float(
+            self.steps - deficit * np.sum(0.8 ** np.arange(1, self.steps + 1))
+        )
 
     def start(self, n: int, rng: np.random.Generator) -> Any:
         return np.full(n, np.sqrt(self.cost_limit / self.steps))
@@ -96,10 +108,18 @@ class MdpEnv(gym.Env):
         return self.mdp.observe(self.state)[0], {}
 
     def step(self, action: Any) -> Any:
-        self.state, rewards, costs = self.mdp.step(self.state, np.asarray(action)[None], self.np_random)
+        self.state, rewards, costs = self.mdp.step(
+            self.state, np.asarray(action)[None], self.np_random
+        )
         self.elapsed += 1
         truncated = self.elapsed >= self.mdp.steps
-        return self.mdp.observe(self.state)[0], float(rewards[0]), False, truncated, {"cost": float(costs[0])}
+        return (
+            self.mdp.observe(self.state)[0],
+            float(rewards[0]),
+            False,
+            truncated,
+            {"cost": float(costs[0])},
+        )
 
 
 class MdpVecEnv(VecEnv):
@@ -151,7 +171,9 @@ class MdpVecEnv(VecEnv):
         return [False] * self.num_envs
 
 
-def episode_means(agent: Any, mdp: Any, episodes: int = 200, deterministic: bool = False, seed: int = 1) -> Any:
+def episode_means(
+    agent: Any, mdp: Any, episodes: int = 200, deterministic: bool = False, seed: int = 1
+) -> Any:
     """(mean return, mean cost) of a policy over whole episodes."""
     rng = np.random.default_rng(seed)
     state, returns, costs = mdp.start(episodes, rng), np.zeros(episodes), np.zeros(episodes)

@@ -1,5 +1,5 @@
-"""Records as the harness writes them, made up from a seed: consistent in every field, cheap, and with a shape that is
-known.
+"""Records as the harness writes them, made up from a seed: consistent in every field, cheap, and
+with a shape that is known.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from scpo_bench.records import Cell, Run, Update, UpdateLog, digest, write_run
+from scpo_bench.records.files import UpdateLog, write_run
+from scpo_bench.records.schema import Cell, Run, Update, digest
 
 IMITATION = "scpo_bench/DoubleIntegratorImitation-v0"
 REGRESSION = "scpo_bench/HarmfulRegression-v0"
@@ -23,17 +24,23 @@ CONSTRAINTS = ("position", "velocity")
 
 def synthetic_cell(agent: str, task: str, seed: int, updates: int, **fields: Any) -> Cell:
     """Budget of 100 steps an update; custom tasks have limit 0, the others 25."""
-    defaults = {"cost_limit": 0.0 if task.startswith("scpo_bench/") else 25.0, "start": "backup", "num_envs": 4}
+    defaults = {
+        "cost_limit": 0.0 if task.startswith("scpo_bench/") else 25.0,
+        "start": "backup",
+        "num_envs": 4,
+    }
     return Cell(agent=agent, task=task, seed=seed, steps=100 * updates, **{**defaults, **fields})
 
 
 def synthetic_updates(cell: Cell, updates: int) -> list[Update]:
-    """Update 0 and ``updates`` more. "scpo" never violates; other agents violate from some update on and come back, or
-    not.
+    """Update 0 and ``updates`` more. "scpo" never violates; other agents violate from some update
+    on and come back, or not.
     """
     rng = np.random.default_rng([cell.seed, sum(map(ord, cell.agent + cell.task))])
     signed = cell.task.startswith("scpo_bench/")
-    backup, oracle = (REFERENCES[cell.task]["backup"], REFERENCES[cell.task]["oracle"]) if signed else (1.0, 0.0)
+    backup, oracle = (
+        (REFERENCES[cell.task]["backup"], REFERENCES[cell.task]["oracle"]) if signed else (1.0, 0.0)
+    )
     safe = cell.agent == "scpo"
     begins = 0.0 if safe else rng.uniform(0.02, 0.3)
     ends = 0.0 if safe else rng.uniform(0.5, 1.4)
@@ -43,13 +50,19 @@ def synthetic_updates(cell: Cell, updates: int) -> list[Update]:
         t = number / max(1, updates)
         progress = reached * (1 - np.exp(-4 * t))
         violating = begins < t < ends
-        worst = 0.3 + 0.05 * rng.random() if violating else -0.02 - 0.2 * np.exp(-5 * t) - 0.005 * rng.random()
+        worst = (
+            0.3 + 0.05 * rng.random()
+            if violating
+            else -0.02 - 0.2 * np.exp(-5 * t) - 0.005 * rng.random()
+        )
         loss = backup - progress * (backup - oracle) + (0.01 * rng.random() if number else 0.0)
         episodes = 4 if number else 0
         limit = cell.cost_limit
         costs = np.zeros(episodes)
         if violating and number:
-            costs = np.where(rng.random(episodes) < 0.7, limit + rng.exponential(5.0, episodes), 0.3 * limit)
+            costs = np.where(
+                rng.random(episodes) < 0.7, limit + rng.exponential(5.0, episodes), 0.3 * limit
+            )
         elif not signed:
             costs = rng.uniform(0, limit, episodes)
         iterate_cost = float(limit + 5 if violating else 0.4 * limit)
@@ -58,7 +71,9 @@ def synthetic_updates(cell: Cell, updates: int) -> list[Update]:
         if safe and signed and number:
             for i, name in enumerate(CONSTRAINTS):
                 diagnostics[f"realised/{name}"] = float(worst - 0.02 * i)
-                diagnostics[f"bound/{name}"] = float(min(0.0, worst - 0.02 * i + 0.1 * rng.random() * (1 - t)))
+                diagnostics[f"bound/{name}"] = float(
+                    min(0.0, worst - 0.02 * i + 0.1 * rng.random() * (1 - t))
+                )
                 diagnostics[f"L/{name}"] = float(2.0 + rng.random())
             diagnostics |= {
                 "breaches": 0.0,
@@ -146,7 +161,12 @@ def write_suite(
     updates: int = 30,
 ) -> list[Cell]:
     """Finished runs of every task, agent and seed; their cells."""
-    cells = [synthetic_cell(agent, task, seed, updates) for task in tasks for agent in agents for seed in range(seeds)]
+    cells = [
+        synthetic_cell(agent, task, seed, updates)
+        for task in tasks
+        for agent in agents
+        for seed in range(seeds)
+    ]
     for cell in cells:
         write_record(results, suite, cell, synthetic_updates(cell, updates))
     return cells

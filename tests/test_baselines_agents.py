@@ -1,4 +1,6 @@
-"""The agents as Stable-Baselines3 algorithms: interface, reproducibility, saving, errors, and their unconstrained parents."""
+"""The agents as Stable-Baselines3 algorithms: interface, reproducibility, saving, errors, and their
+unconstrained parents.
+"""
 
 from __future__ import annotations
 
@@ -27,29 +29,45 @@ from scpo_bench.policies import AffineBackup, BackupActorCriticPolicy
 torch.set_num_threads(1)  # tiny networks: more threads only get in each other's way
 
 SMALL = {
-    PPOLagrangian: {"steps_per_update": 400, "critic_passes": 3, "batch_size": 100, "actor_lr_decay": False},
+    PPOLagrangian: {
+        "steps_per_update": 400,
+        "critic_passes": 3,
+        "batch_size": 100,
+        "actor_lr_decay": False,
+    },
     CPO: {"steps_per_update": 400, "critic_passes": 3, "batch_size": 100},
     CVPO: {
-        "steps_per_update": 100, "learning_starts": 100, "updates_per_step": 0.05, "batch_size": 32, "net_arch": (16, 16),
-        "buffer_size": 2000, "episode_steps": 40,
+        "steps_per_update": 100,
+        "learning_starts": 100,
+        "updates_per_step": 0.05,
+        "batch_size": 32,
+        "net_arch": (16, 16),
+        "buffer_size": 2000,
+        "episode_steps": 40,
     },
-}  # fmt: skip
+}
 AGENTS = list(SMALL)
 STEPS = {PPOLagrangian: 1600, CPO: 1600, CVPO: 600}
 
 
 def make(agent_class, env=None, seed=0, **config):
     env = MdpVecEnv(Speed(), 5) if env is None else env
-    return agent_class("MlpPolicy", env, seed=seed, **({"cost_limit": 10.0} | SMALL[agent_class] | config))
+    return agent_class(
+        "MlpPolicy", env, seed=seed, **({"cost_limit": 10.0} | SMALL[agent_class] | config)
+    )
 
 
 def parameters(agent):
-    modules = [agent.policy] + ([agent.cost_critics] if isinstance(agent, ConstrainedOnPolicy) else [])
+    modules = [agent.policy] + (
+        [agent.cost_critics] if isinstance(agent, ConstrainedOnPolicy) else []
+    )
     return np.concatenate([p.detach().numpy().ravel() for m in modules for p in m.parameters()])
 
 
 class Recorder(BaseCallback):
-    """Collects the order of callback events and the diagnostics at each rollout start; calls ``at[n]`` at the n-th start."""
+    """Collects the order of callback events and the diagnostics at each rollout start; calls
+    ``at[n]`` at the n-th start.
+    """
 
     def __init__(self, at=None):
         super().__init__()
@@ -69,7 +87,8 @@ class Recorder(BaseCallback):
         self.events.append("end")
 
 
-# ---- reproducibility and saving -------------------------------------------------------------------------------------
+# ---- reproducibility and saving
+# -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("agent_class", AGENTS)
@@ -84,9 +103,11 @@ def test_same_seed_same_parameters(agent_class):
 @pytest.mark.parametrize("normalised", [False, True])
 @pytest.mark.parametrize("agent_class", AGENTS)
 def test_continuing_after_load_equals_never_having_stopped(agent_class, normalised):
-    """Anything missing from the file (an optimiser's moments, a generator, a multiplier, the replay) shows up here.
+    """Anything missing from the file (an optimiser's moments, a generator, a multiplier, the
+    replay) shows up here.
 
-    Saved at the third rollout start inside ``learn``, environments copied in the state they are in at that moment.
+    Saved at the third rollout start inside ``learn``, environments copied in the state they are in
+    at that moment.
     """
     env = MdpVecEnv(Speed(), 5)
     env = VecNormalize(env, gamma=0.9) if normalised else env
@@ -94,15 +115,20 @@ def test_continuing_after_load_equals_never_having_stopped(agent_class, normalis
 
     def save():
         agent.save(file)
-        kept["env"], kept["steps"] = copy.deepcopy(env.unwrapped if normalised else env), agent.num_timesteps
+        kept["env"], kept["steps"] = (
+            copy.deepcopy(env.unwrapped if normalised else env),
+            agent.num_timesteps,
+        )
 
     total = STEPS[agent_class]
     agent.learn(total, Recorder({3: save}))
     file.seek(0)
     inner = kept["env"]
-    loaded = agent_class.load(file, VecNormalize(inner, gamma=0.9) if normalised else inner, force_reset=False)
+    loaded = agent_class.load(
+        file, VecNormalize(inner, gamma=0.9) if normalised else inner, force_reset=False
+    )
     torch.manual_seed(123)  # neither torch's nor numpy's global generator may matter
-    np.random.seed(123)  # noqa: NPY002
+    np.random.seed(123)
     loaded.learn(total - kept["steps"], reset_num_timesteps=False)
     assert 0 < kept["steps"] < total
     assert loaded.num_timesteps == agent.num_timesteps
@@ -119,16 +145,20 @@ def test_predictions_survive_saving_without_an_environment(agent_class, tmp_path
     observations = np.linspace(-1, 1, 7, dtype=np.float32)[:, None]
     loaded = agent_class.load(tmp_path / "agent")
     np.testing.assert_array_equal(
-        loaded.predict(observations, deterministic=True)[0], agent.predict(observations, deterministic=True)[0]
+        loaded.predict(observations, deterministic=True)[0],
+        agent.predict(observations, deterministic=True)[0],
     )
 
 
-# ---- interface ------------------------------------------------------------------------------------------------------
+# ---- interface
+# ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("agent_class", AGENTS)
 def test_updates_lie_between_rollouts_and_publish_diagnostics(agent_class):
-    """The harness counts an update per rollout end -> rollout start, and reads plain finite floats at the latter."""
+    """The harness counts an update per rollout end -> rollout start, and reads plain finite floats
+    at the latter.
+    """
     recorder = Recorder()
     agent = make(agent_class)
     agent.learn(STEPS[agent_class], recorder)
@@ -148,11 +178,15 @@ def test_updates_lie_between_rollouts_and_publish_diagnostics(agent_class):
 
 @pytest.mark.parametrize("agent_class", AGENTS)
 def test_works_with_sb3_wrappers_monitor_and_evaluation(agent_class):
-    """gym.make-style environments, DummyVecEnv, VecNormalize and evaluate_policy, as with any SB3 agent."""
+    """gym.make-style environments, DummyVecEnv, VecNormalize and evaluate_policy, as with any SB3
+    agent.
+    """
     env = make_vec_env(lambda: MdpEnv(Speed()), n_envs=2, seed=0)
     agent = make(agent_class, VecNormalize(env, norm_reward=False))
     agent.learn(STEPS[agent_class] // 2)
-    evaluation = VecNormalize(DummyVecEnv([lambda: Monitor(MdpEnv(Speed()))]), training=False, norm_reward=False)
+    evaluation = VecNormalize(
+        DummyVecEnv([lambda: Monitor(MdpEnv(Speed()))]), training=False, norm_reward=False
+    )
     mean, _ = evaluate_policy(agent, evaluation, n_eval_episodes=2)
     assert np.isfinite(mean)
     assert len(agent.ep_info_buffer) > 0
@@ -163,22 +197,34 @@ def test_works_with_sb3_wrappers_monitor_and_evaluation(agent_class):
 
 @pytest.mark.parametrize("agent_class", AGENTS)
 def test_starts_at_the_backup(agent_class):
-    """``start: backup``: the untrained policy is the backup, exactly, and training moves away from it."""
+    """``start: backup``: the untrained policy is the backup, exactly, and training moves away from
+    it.
+    """
     backup = AffineBackup([[-0.5]], [0.25])
     policy = "MlpPolicy" if agent_class is CVPO else BackupActorCriticPolicy
     config = SMALL[agent_class] | {"cost_limit": np.inf}
-    agent = agent_class(policy, MdpVecEnv(Speed(), 5), seed=0, policy_kwargs={"backup": backup}, **config)
+    agent = agent_class(
+        policy, MdpVecEnv(Speed(), 5), seed=0, policy_kwargs={"backup": backup}, **config
+    )
     observations = np.linspace(-1, 1, 5, dtype=np.float32)[:, None]
-    np.testing.assert_allclose(agent.predict(observations, deterministic=True)[0], 0.25 - 0.5 * observations, atol=1e-7)
+    np.testing.assert_allclose(
+        agent.predict(observations, deterministic=True)[0], 0.25 - 0.5 * observations, atol=1e-7
+    )
     agent.learn(STEPS[agent_class])
-    assert np.abs(agent.predict(observations, deterministic=True)[0] - (0.25 - 0.5 * observations)).max() > 1e-3
+    assert (
+        np.abs(
+            agent.predict(observations, deterministic=True)[0] - (0.25 - 0.5 * observations)
+        ).max()
+        > 1e-3
+    )
     np.testing.assert_array_equal(backup.gain.numpy(), [[-0.5]])
     file = io.BytesIO()
     agent.save(file)
     file.seek(0)
     loaded = agent_class.load(file)
     np.testing.assert_array_equal(
-        loaded.predict(observations, deterministic=True)[0], agent.predict(observations, deterministic=True)[0]
+        loaded.predict(observations, deterministic=True)[0],
+        agent.predict(observations, deterministic=True)[0],
     )
 
 
@@ -192,7 +238,9 @@ def test_discrete_actions_on_policy():
 
 
 def test_float64_spaces():
-    """Safety-Gymnasium's spaces are float64; networks and buffers are float32, and the two must meet."""
+    """Safety-Gymnasium's spaces are float64; networks and buffers are float32, and the two must
+    meet.
+    """
     mdp = Speed()
     mdp.observation_space = gym.spaces.Box(-2.0, 2.0, (1,), np.float64)
     mdp.action_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float64)
@@ -201,7 +249,8 @@ def test_float64_spaces():
         assert np.isfinite(agent.predict(np.zeros((1, 1)), deterministic=True)[0]).all()
 
 
-# ---- errors ---------------------------------------------------------------------------------------------------------
+# ---- errors
+# ---------------------------------------------------------------------------------------------------------
 
 
 class Faulty(MdpVecEnv):
@@ -227,9 +276,13 @@ class Faulty(MdpVecEnv):
 
 
 @pytest.mark.parametrize("agent_class", AGENTS)
-@pytest.mark.parametrize(("field", "value"), [("observation", np.nan), ("reward", np.inf), ("cost", np.nan)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("observation", np.nan), ("reward", np.inf), ("cost", np.nan)]
+)
 def test_non_finite_values_stop_the_run(agent_class, field, value):
-    """A NaN must not be learnt from: the run stops and says where (5 environments, 7th step: step 35)."""
+    """A NaN must not be learnt from: the run stops and says where (5 environments, 7th step: step
+    35).
+    """
     with pytest.raises(FloatingPointError, match=f"step 35, environment 3: {field} is not finite"):
         make(agent_class, Faulty(field, value)).learn(1000)
 
@@ -245,7 +298,9 @@ def test_missing_cost_is_an_error(agent_class):
 def test_configuration_errors_name_the_field(agent_class):
     """Unknown keys and impossible values are refused before anything runs."""
     name = agent_class.Config.__name__
-    with pytest.raises(ValueError, match=rf"{name}\.cost_limits: unknown field; did you mean 'cost_limit'"):
+    with pytest.raises(
+        ValueError, match=rf"{name}\.cost_limits: unknown field; did you mean 'cost_limit'"
+    ):
         make(agent_class, cost_limits=3.0)
     with pytest.raises(ValueError, match=rf"{name}\.batch_size: must be at least 1, got 0"):
         make(agent_class, batch_size=0)
@@ -272,18 +327,23 @@ class TwoCosts(MdpVecEnv):
 
 def test_several_constraints_have_a_multiplier_each():
     """The violated constraint's multiplier rises, the satisfied one's falls to zero and stays."""
-    agent = make(PPOLagrangian, TwoCosts(Speed(), 5), cost_keys=["cost", "energy"], cost_limit=[0.0, 100.0])
+    agent = make(
+        PPOLagrangian, TwoCosts(Speed(), 5), cost_keys=["cost", "energy"], cost_limit=[0.0, 100.0]
+    )
     agent.learn(2000)
     assert agent.diagnostics["multiplier_cost"] > 0.1
     assert agent.diagnostics["multiplier_energy"] == 0.0
     assert agent.diagnostics["episodic_cost_energy"] == pytest.approx(0.4)
 
 
-# ---- CPO's line search ----------------------------------------------------------------------------------------------
+# ---- CPO's line search
+# ----------------------------------------------------------------------------------------------
 
 
 def line_search(agent, direction_scale, c, recovery=False, **overrides):
-    """(theta before, theta after, result) of one line search on fresh data, direction = scale * ones."""
+    """(theta before, theta after, result) of one line search on fresh data, direction = scale *
+    ones.
+    """
     from scpo_bench.baselines.actors import actor_of
 
     actor = actor_of(agent.policy)
@@ -292,7 +352,9 @@ def line_search(agent, direction_scale, c, recovery=False, **overrides):
     before = actor.mlp.theta.copy()
     direction = np.full_like(before, direction_scale)
     ones = np.ones(len(batch.observations), np.float32)
-    given = {"reward_advantages": 0 * ones, "cost_advantages": 0 * ones} | {k: v * ones for k, v in overrides.items()}
+    given = {"reward_advantages": 0 * ones, "cost_advantages": 0 * ones} | {
+        k: v * ones for k, v in overrides.items()
+    }
     result = agent._line_search(actor, batch, head, direction, **given, c=c, recovery=recovery)
     return before, actor.mlp.theta, result
 
@@ -322,7 +384,9 @@ def test_line_search_shrinks_past_a_non_finite_step(collected):
 
 
 def test_every_step_keeps_the_kl_bound_and_counts_its_case():
-    """The policy's summed KL per update stays within the trust region; every update is counted in one case."""
+    """The policy's summed KL per update stays within the trust region; every update is counted in
+    one case.
+    """
     recorder = Recorder()
     make(CPO, target_kl=0.02).learn(4000, recorder)
     updates = [d for d in recorder.diagnostics if d]
@@ -331,7 +395,8 @@ def test_every_step_keeps_the_kl_bound_and_counts_its_case():
         assert sum(d[f"updates_{case.name.lower()}"] for case in Case) == i
 
 
-# ---- unconstrained parents ------------------------------------------------------------------------------------------
+# ---- unconstrained parents
+# ------------------------------------------------------------------------------------------
 
 
 class ScaledCosts(MdpVecEnv):
@@ -353,14 +418,18 @@ def test_costs_do_not_matter_without_a_limit(agent_class):
     for scale in (0.0, 50.0):
         agent = make(agent_class, ScaledCosts(Speed(), 5, scale), cost_limit=np.inf)
         agent.learn(STEPS[agent_class])
-        policies.append(agent.predict(np.linspace(-1, 1, 9, dtype=np.float32)[:, None], deterministic=True)[0])
+        policies.append(
+            agent.predict(np.linspace(-1, 1, 9, dtype=np.float32)[:, None], deterministic=True)[0]
+        )
         assert agent.diagnostics["multiplier"] == 0.0
     np.testing.assert_array_equal(*policies)
 
 
 def test_ppo_lagrangian_without_a_limit_takes_ppos_step():
     """One minibatch gradient against SB3's own PPO loss, written with its policy and autograd."""
-    agent = make(PPOLagrangian, cost_limit=np.inf, critic_passes=1, batch_size=400, max_grad_norm=1e9, seed=5)
+    agent = make(
+        PPOLagrangian, cost_limit=np.inf, critic_passes=1, batch_size=400, max_grad_norm=1e9, seed=5
+    )
     before = {k: v.clone() for k, v in agent.policy.state_dict().items()}
     agent.learn(400)
     rollout = agent.rollout_buffer
@@ -371,11 +440,17 @@ def test_ppo_lagrangian_without_a_limit_takes_ppos_step():
     from scpo_bench.baselines.actors import actor_of
 
     batch = agent._batch(actor_of(agent.policy), agent._critics())
-    advantages = torch.from_numpy((batch.advantages[0] - batch.advantages[0].mean()) / batch.advantages[0].std())
+    advantages = torch.from_numpy(
+        (batch.advantages[0] - batch.advantages[0].mean()) / batch.advantages[0].std()
+    )
     _, log_prob, _ = agent.policy.evaluate_actions(observations, actions)
     ratio = torch.exp(log_prob - log_prob.detach())
     loss = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
-    names = [n for n, _ in agent.policy.named_parameters() if "policy_net" in n or n.startswith(("action_net", "log_std"))]
+    names = [
+        n
+        for n, _ in agent.policy.named_parameters()
+        if "policy_net" in n or n.startswith(("action_net", "log_std"))
+    ]
     trained = [dict(agent.policy.named_parameters())[n] for n in names]
     optimizer = torch.optim.Adam(trained, lr=3e-4)
     loss.backward()
@@ -385,7 +460,9 @@ def test_ppo_lagrangian_without_a_limit_takes_ppos_step():
 
 
 def test_cpo_without_a_limit_takes_trpos_step():
-    """The step is the natural gradient scaled to the trust region: its quadratic KL is delta, and case 1 or 2 fires."""
+    """The step is the natural gradient scaled to the trust region: its quadratic KL is delta, and
+    case 1 or 2 fires.
+    """
     recorder = Recorder()
     agent = make(CPO, cost_limit=np.inf, cg_damping=1e-3, target_kl=1e-3)
     agent.learn(1200, recorder)
@@ -411,7 +488,9 @@ UNCONSTRAINED = {
 
 @pytest.mark.parametrize("agent_class", AGENTS)
 def test_without_a_limit_the_unconstrained_optimum_is_reached(agent_class):
-    """Speed's unconstrained optimum is full throttle: within 5 %, far above what the limit would allow."""
+    """Speed's unconstrained optimum is full throttle: within 5 %, far above what the limit would
+    allow.
+    """
     agent = make(agent_class, cost_limit=np.inf, **UNCONSTRAINED[agent_class])
     agent.learn(12_000 if agent_class is not CVPO else 3000)
     reached, _ = episode_means(agent, Speed(), deterministic=True)
@@ -419,18 +498,25 @@ def test_without_a_limit_the_unconstrained_optimum_is_reached(agent_class):
 
 
 def test_cvpo_recovers_counted_and_reports_kkt():
-    """A limit of zero cannot be met by any reweighting here: recovery steps are taken, counted, and lower the cost."""
+    """A limit of zero cannot be met by any reweighting here: recovery steps are taken, counted, and
+    lower the cost.
+    """
     recorder = Recorder()
     agent = make(CVPO, cost_limit=0.0, gamma=0.9, initial_std=0.3)
     agent.learn(1500, recorder)
     updates = [d for d in recorder.diagnostics if "recoveries" in d]
-    assert agent.recoveries == updates[-1]["recoveries"] or agent.recoveries > updates[-1]["recoveries"]
+    assert (
+        agent.recoveries == updates[-1]["recoveries"]
+        or agent.recoveries > updates[-1]["recoveries"]
+    )
     assert agent.recoveries > 0
     assert all(d["kkt_residual"] <= 1e-8 and d["e_step_kl"] <= 0.02 * (1 + 1e-8) for d in updates)
 
 
 def test_gym_registered_time_limit_sets_cvpos_threshold():
-    """T comes from the environment's own time limit: 40 steps, so d = C (1 - gamma^40) / ((1 - gamma) 40)."""
+    """T comes from the environment's own time limit: 40 steps, so d = C (1 - gamma^40) / ((1 -
+    gamma) 40).
+    """
     gym.register("TestSpeed-v0", entry_point=lambda: MdpEnv(Speed()), max_episode_steps=40)
     try:
         agent = make(CVPO, gym.make("TestSpeed-v0"), episode_steps=None, gamma=0.9, cost_limit=8.0)

@@ -1,4 +1,6 @@
-"""The pure functions of the baselines: hand-computed numbers, independent solvers, and properties that must hold."""
+"""The pure functions of the baselines: hand-computed numbers, independent solvers, and properties
+that must hold.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +14,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import LinearConstraint, NonlinearConstraint, brentq, minimize
 
-from scpo_bench.baselines.advantages import discounted_sums, generalised_advantages, next_values
-from scpo_bench.baselines.configuration import resolve_config
-from scpo_bench.baselines.costs import EpisodeCosts
+from scpo_bench.advantages import discounted_sums, generalised_advantages, next_values
 from scpo_bench.baselines.cpo_dual import Case, conjugate_gradient, trust_region_step
 from scpo_bench.baselines.cvpo_dual import cost_threshold, e_step, softmax_with_kl, tilt_to_kl
+from scpo_bench.baselines.episode_costs import EpisodeCosts
 from scpo_bench.baselines.multipliers import (
     Multipliers,
     lagrangian_advantages,
     projected_adam_ascent,
     projected_ascent,
 )
+from scpo_bench.configuration import resolve_config
 
 INSTANCES = 1000
 
 
-# ---- advantages -----------------------------------------------------------------------------------------------------
+# ---- advantages
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_discounted_sums_restart_after_an_episode():
@@ -38,11 +41,12 @@ def test_discounted_sums_restart_after_an_episode():
 
 
 def test_advantages_with_truncation_and_termination():
-    """Truncation must bootstrap, termination must not, and neither may leak into the episode after it.
+    """Truncation must bootstrap, termination must not, and neither may leak into the episode after
+    it.
 
-    gamma = 1/2, lambda = 1/2. Environment 0 is truncated at t=1 (terminal value 4), environment 1 terminates there. By hand:
-    t=2: delta = 1 + 2/2 - 2 = 0;  t=1: truncated 1 + 4/2 - 2 = 1, terminated 1 + 0 - 2 = -1;
-    t=0: delta = 1 + 2/2 - 2 = 0, plus 1/4 of t=1: 0.25 and -0.25.
+    gamma = 1/2, lambda = 1/2. Environment 0 is truncated at t=1 (terminal value 4), environment 1
+    terminates there. By hand: t=2: delta = 1 + 2/2 - 2 = 0;  t=1: truncated 1 + 4/2 - 2 = 1,
+    terminated 1 + 0 - 2 = -1; t=0: delta = 1 + 2/2 - 2 = 0, plus 1/4 of t=1: 0.25 and -0.25.
     """
     ends = np.array([[False, False], [True, True], [False, False]])
     rewards, values, last = np.ones((3, 2)), np.full((3, 2), 2.0), np.array([2.0, 2.0])
@@ -61,7 +65,9 @@ def test_advantages_of_several_signals_have_their_own_discounts():
     ends = rng.random((7, 4)) < 0.2
     both = generalised_advantages(rewards, values, following, ends, [0.9, 0.5], [0.8, 0.3])
     for i, (gamma, lam) in enumerate([(0.9, 0.8), (0.5, 0.3)]):
-        np.testing.assert_allclose(both[i], generalised_advantages(rewards[i], values[i], following[i], ends, gamma, lam))
+        np.testing.assert_allclose(
+            both[i], generalised_advantages(rewards[i], values[i], following[i], ends, gamma, lam)
+        )
 
 
 def test_advantages_equal_the_recursion_written_out():
@@ -76,14 +82,19 @@ def test_advantages_equal_the_recursion_written_out():
             delta = rewards[t, n] + 0.97 * following[t, n] - values[t, n]
             carry = delta + (0.0 if ends[t, n] else 0.97 * 0.9 * carry)
             expected[t, n] = carry
-    np.testing.assert_allclose(generalised_advantages(rewards, values, following, ends, 0.97, 0.9), expected)
+    np.testing.assert_allclose(
+        generalised_advantages(rewards, values, following, ends, 0.97, 0.9), expected
+    )
 
 
-# ---- multipliers ----------------------------------------------------------------------------------------------------
+# ---- multipliers
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_multiplier_adam_by_hand():
-    """First Adam step is lr * sign(excess) (bias corrections cancel): 0.1 + 0.05 for a violation, projected at 0 below."""
+    """First Adam step is lr * sign(excess) (bias corrections cancel): 0.1 + 0.05 for a violation,
+    projected at 0 below.
+    """
     up = projected_adam_ascent(Multipliers.start(0.1, 1), [3.0], lr=0.05)
     assert up.value == pytest.approx([0.15], abs=1e-9)
     down = projected_adam_ascent(Multipliers.start(0.01, 1), [-3.0], lr=0.05)
@@ -95,7 +106,9 @@ def test_multiplier_adam_by_hand():
 
 
 def test_multiplier_does_not_wind_up():
-    """After a long feasible time a violation must raise the multiplier at once; a wound-up moment would hold it at 0."""
+    """After a long feasible time a violation must raise the multiplier at once; a wound-up moment
+    would hold it at 0.
+    """
     state = Multipliers.start(0.0, 1)
     for _ in range(200):
         state = projected_adam_ascent(state, [-10.0], lr=0.05)
@@ -119,17 +132,24 @@ def test_projected_ascent_stays_in_its_interval():
 
 def test_lagrangian_advantages_by_hand():
     """(A - l1 c1 - l2 c2) / (1 + l1 + l2): (4 - 1*2 - 3*0)/5 = 0.4 and (0 - 1*1 - 3*2)/5 = -1.4."""
-    mixed = lagrangian_advantages(np.array([4.0, 0.0]), np.array([[2.0, 1.0], [0.0, 2.0]]), np.array([1.0, 3.0]))
+    mixed = lagrangian_advantages(
+        np.array([4.0, 0.0]), np.array([[2.0, 1.0], [0.0, 2.0]]), np.array([1.0, 3.0])
+    )
     np.testing.assert_allclose(mixed, [0.4, -1.4])
 
 
-# ---- CPO ------------------------------------------------------------------------------------------------------------
+# ---- CPO
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_conjugate_gradient_by_hand():
-    """[[4, 1], [1, 3]] x = [1, 2] has the solution [1/11, 7/11]; two iterations suffice in two dimensions."""
+    """[[4, 1], [1, 3]] x = [1, 2] has the solution [1/11, 7/11]; two iterations suffice in two
+    dimensions.
+    """
     matrix = np.array([[4.0, 1.0], [1.0, 3.0]])
-    np.testing.assert_allclose(conjugate_gradient(lambda v: matrix @ v, np.array([1.0, 2.0]), 2), [1 / 11, 7 / 11])
+    np.testing.assert_allclose(
+        conjugate_gradient(lambda v: matrix @ v, np.array([1.0, 2.0]), 2), [1 / 11, 7 / 11]
+    )
 
 
 def test_conjugate_gradient_of_zero_is_zero():
@@ -142,7 +162,15 @@ def test_conjugate_gradient_of_zero_is_zero():
     [
         # delta = 1/2, so the TRPO step is H^-1 g / sqrt(q).
         (4.0, 0.0, 0.0, -1.0, Case.UNCONSTRAINED, 0.5, 0.0),
-        (4.0, 0.5, 0.25, -1.0, Case.ALL_FEASIBLE, 0.5, 0.0),  # c^2/s = 4 > 1: the boundary is out of reach
+        (
+            4.0,
+            0.5,
+            0.25,
+            -1.0,
+            Case.ALL_FEASIBLE,
+            0.5,
+            0.0,
+        ),  # c^2/s = 4 > 1: the boundary is out of reach
         (
             1.0,
             0.6,
@@ -152,11 +180,20 @@ def test_conjugate_gradient_of_zero_is_zero():
             1.0,
             0.0,
         ),  # TRPO step meets the boundary exactly: b.x = r/sqrt(q) = 0.6
-        # g and b orthogonal unit vectors: x = (0.8, -0.6): spend 0.6 on the cost, what is left on the reward
+        # g and b orthogonal unit vectors: x = (0.8, -0.6): spend 0.6 on the cost, what is left on
+        # the reward
         (1.0, 0.0, 1.0, 0.6, Case.FROM_OUTSIDE, 0.8, -0.6),
         # g = b: from outside, only the retreat -c/s b is possible
         (1.0, 1.0, 1.0, 0.5, Case.FROM_OUTSIDE, 0.0, -0.5),
-        (1.0, 0.3, 4.0, 5.0, Case.RECOVERY, 0.0, -0.5),  # along -H^-1 b, length sqrt(2 delta / s) = 1/2
+        (
+            1.0,
+            0.3,
+            4.0,
+            5.0,
+            Case.RECOVERY,
+            0.0,
+            -0.5,
+        ),  # along -H^-1 b, length sqrt(2 delta / s) = 1/2
         (1.0, 0.0, 0.0, 1.0, Case.RECOVERY, 0.0, 0.0),  # nothing lowers the cost
     ],
 )
@@ -168,7 +205,9 @@ def test_trust_region_step_by_hand(q, r, s, c, case, on_reward, on_cost):
 
 
 def random_trust_region(rng):
-    """(g, b, c, delta) in two dimensions with H = I: every instance reduces to this by x -> H^{1/2} x in span(g, b)."""
+    """(g, b, c, delta) in two dimensions with H = I: every instance reduces to this by x -> H^{1/2}
+    x in span(g, b).
+    """
     g, b = rng.normal(size=(2, 2)) * 10.0 ** rng.uniform(-2, 2, size=(2, 1))
     if rng.random() < 0.1:
         b = g * rng.choice([-1.0, 1.0]) * 10.0 ** rng.uniform(-1, 1)  # parallel gradients
@@ -178,7 +217,10 @@ def random_trust_region(rng):
 
 
 def solve_trust_region_by_angle(g, b, c, delta):
-    """Best objective by enumeration of where the optimum can lie: TRPO's point or the circle's ends of the constraint's chord."""
+    """Best objective by enumeration of where the optimum can lie:
+
+    TRPO's point or the circle's ends of the constraint's chord.
+    """
     radius = np.sqrt(2 * delta)
     candidates = [radius * g / np.linalg.norm(g)]
     unit = b / np.linalg.norm(b)
@@ -192,7 +234,9 @@ def solve_trust_region_by_angle(g, b, c, delta):
 
 
 def test_trust_region_step_on_random_instances():
-    """1000 instances against enumeration in the plane: feasible, within the trust region, and optimal."""
+    """1000 instances against enumeration in the plane: feasible, within the trust region, and
+    optimal.
+    """
     rng = np.random.default_rng(0)
     seen = set()
     for _ in range(INSTANCES):
@@ -204,13 +248,21 @@ def test_trust_region_step_on_random_instances():
         best = solve_trust_region_by_angle(g, b, c, delta)
         if step.case is Case.RECOVERY:
             assert best is None
-            np.testing.assert_allclose(b @ x, -np.sqrt(2 * delta * (b @ b)))  # the steepest possible decrease
+            np.testing.assert_allclose(
+                b @ x, -np.sqrt(2 * delta * (b @ b))
+            )  # the steepest possible decrease
         else:
             assert c + b @ x <= 1e-8 * abs(c)
-            assert g @ x == pytest.approx(best, rel=1e-7, abs=1e-9 * np.linalg.norm(g) * np.sqrt(2 * delta))
+            assert g @ x == pytest.approx(
+                best, rel=1e-7, abs=1e-9 * np.linalg.norm(g) * np.sqrt(2 * delta)
+            )
             # complementary slackness of both multipliers
-            assert step.cost_multiplier * abs(c + b @ x) <= 1e-7 * np.linalg.norm(g) * np.sqrt(2 * delta)
-            assert step.kl_multiplier * (2 * delta - x @ x) <= 1e-7 * np.linalg.norm(g) * np.sqrt(2 * delta)
+            assert step.cost_multiplier * abs(c + b @ x) <= 1e-7 * np.linalg.norm(g) * np.sqrt(
+                2 * delta
+            )
+            assert step.kl_multiplier * (2 * delta - x @ x) <= 1e-7 * np.linalg.norm(g) * np.sqrt(
+                2 * delta
+            )
     assert seen == set(Case) - {Case.UNCONSTRAINED}
 
 
@@ -220,7 +272,9 @@ def test_trust_region_step_agrees_with_cvxpy():
     n = 6
     x, g_p, b_p = cp.Variable(n), cp.Parameter(n), cp.Parameter(n)
     root_p, c_p, radius_p = cp.Parameter((n, n)), cp.Parameter(), cp.Parameter(nonneg=True)
-    problem = cp.Problem(cp.Maximize(g_p @ x), [c_p + b_p @ x <= 0, cp.norm(root_p @ x) <= radius_p])
+    problem = cp.Problem(
+        cp.Maximize(g_p @ x), [c_p + b_p @ x <= 0, cp.norm(root_p @ x) <= radius_p]
+    )
     compared = infeasible = 0
     for _ in range(INSTANCES):
         root = rng.normal(size=(n, n)) + 2 * np.eye(n)
@@ -231,23 +285,34 @@ def test_trust_region_step_agrees_with_cvxpy():
         delta = 0.5
         c = rng.uniform(-1.4, 1.4) * np.sqrt(2 * delta * s)
         step = trust_region_step(q, r, s, c, delta)
-        g_p.value, b_p.value, root_p.value, c_p.value, radius_p.value = g, b, root, c, np.sqrt(2 * delta)
+        g_p.value, b_p.value, root_p.value, c_p.value, radius_p.value = (
+            g,
+            b,
+            root,
+            c,
+            np.sqrt(2 * delta),
+        )
         problem.solve(solver=cp.CLARABEL)
         if step.case is Case.RECOVERY:
             infeasible += 1
             assert problem.status.startswith("infeasible")
         else:
             compared += 1
-            assert g @ (step.on_reward * on_g + step.on_cost * on_b) == pytest.approx(problem.value, rel=1e-6, abs=1e-7)
+            assert g @ (step.on_reward * on_g + step.on_cost * on_b) == pytest.approx(
+                problem.value, rel=1e-6, abs=1e-7
+            )
     assert compared > 100
     assert infeasible > 100
 
 
-# ---- CVPO -----------------------------------------------------------------------------------------------------------
+# ---- CVPO
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_cost_threshold_by_hand():
-    """C = 10 over T = 2 steps at gamma = 1/2: 10 (1 - 1/4) / (1/2 * 2) = 7.5; undiscounted it is C itself."""
+    """C = 10 over T = 2 steps at gamma = 1/2: 10 (1 - 1/4) / (1/2 * 2) = 7.5; undiscounted it is C
+    itself.
+    """
     assert cost_threshold(10.0, 0.5, 2) == pytest.approx(7.5)
     assert cost_threshold(10.0, 1.0, 2) == 10.0
 
@@ -261,7 +326,9 @@ def test_softmax_with_kl_by_hand():
 
 
 def test_e_step_without_constraint_by_hand():
-    """Two actions worth 0 and 1; with eps = KL((1/4, 3/4) || uniform) the answer is that q, at eta = 1 / ln 3."""
+    """Two actions worth 0 and 1; with eps = KL((1/4, 3/4) || uniform) the answer is that q, at eta
+    = 1 / ln 3.
+    """
     eps = 0.75 * np.log(3.0) - np.log(2.0)
     solved = e_step(np.array([[0.0, 1.0]]), np.zeros((1, 2)), eps, np.inf)
     np.testing.assert_allclose(solved.weights, [[0.25, 0.75]], atol=1e-9)
@@ -270,9 +337,12 @@ def test_e_step_without_constraint_by_hand():
 
 
 def test_e_step_with_active_cost_by_hand():
-    """Built backwards from q = (1/2, 1/4, 1/4), Q_c = (1, 1, 0), eta = lam = 1: Q_r = ln(4 q) + Q_c = (1 + ln 2, 1, 0).
+    """Built backwards from q = (1/2, 1/4, 1/4), Q_c = (1, 1, 0), eta = lam = 1:
 
-    With eps = KL(q || uniform) = ln 3 - 3/2 ln 2 and d = E_q[Q_c] = 3/4 both constraints are active at exactly this q.
+    Q_r = ln(4 q) + Q_c = (1 + ln 2, 1, 0).
+
+    With eps = KL(q || uniform) = ln 3 - 3/2 ln 2 and d = E_q[Q_c] = 3/4 both constraints are active
+    at exactly this q.
     """
     eps = np.log(3.0) - 1.5 * np.log(2.0)
     solved = e_step(np.array([[1 + np.log(2.0), 1.0, 0.0]]), np.array([[1.0, 1.0, 0.0]]), eps, 0.75)
@@ -282,7 +352,9 @@ def test_e_step_with_active_cost_by_hand():
 
 
 def test_e_step_infeasible_by_hand():
-    """No q within eps reaches the threshold: the answer has the lowest cost in the ball, here (3/4, 1/4), and is flagged."""
+    """No q within eps reaches the threshold: the answer has the lowest cost in the ball, here (3/4,
+    1/4), and is flagged.
+    """
     eps = 0.75 * np.log(3.0) - np.log(2.0)
     solved = e_step(np.array([[0.0, 5.0]]), np.array([[0.0, 1.0]]), eps, 0.1)
     assert solved.recovery
@@ -292,20 +364,35 @@ def test_e_step_infeasible_by_hand():
 
 def random_e_step(rng, states, actions):
     """(Q_r, Q_c, eps, d) over six decades of scale, correlated or not, feasible or not."""
-    q_reward = rng.normal(size=(states, actions)) * 10 ** rng.uniform(-3, 3) + 10 * rng.normal(size=(states, 1))
-    q_cost = rng.normal(size=(states, actions)) * 10 ** rng.uniform(-2, 2) + rng.normal(size=(states, 1))
+    q_reward = rng.normal(size=(states, actions)) * 10 ** rng.uniform(-3, 3) + 10 * rng.normal(
+        size=(states, 1)
+    )
+    q_cost = rng.normal(size=(states, actions)) * 10 ** rng.uniform(-2, 2) + rng.normal(
+        size=(states, 1)
+    )
     if rng.random() < 0.3:
         q_cost += q_reward * rng.normal()
     spread = (q_cost - q_cost.mean(axis=1, keepdims=True)).std()
-    return q_reward, q_cost, 10 ** rng.uniform(-3, -0.5), q_cost.mean() + 0.4 * spread * rng.normal()
+    return (
+        q_reward,
+        q_cost,
+        10 ** rng.uniform(-3, -0.5),
+        q_cost.mean() + 0.4 * spread * rng.normal(),
+    )
 
 
 def test_e_step_satisfies_the_optimality_conditions_on_random_instances():
-    """1000 instances: KL in its bound, cost at its threshold, complementary slackness, softmax form. These imply optimality."""
+    """1000 instances:
+
+    KL in its bound, cost at its threshold, complementary slackness, softmax form. These imply
+    optimality.
+    """
     rng = np.random.default_rng(2)
     recoveries = active = 0
     for _ in range(INSTANCES):
-        q_reward, q_cost, eps, threshold = random_e_step(rng, rng.integers(2, 40), rng.integers(2, 33))
+        q_reward, q_cost, eps, threshold = random_e_step(
+            rng, rng.integers(2, 40), rng.integers(2, 33)
+        )
         solved = e_step(q_reward, q_cost, eps, threshold)
         scale = (q_cost - q_cost.mean(axis=1, keepdims=True)).std()
         np.testing.assert_allclose(solved.weights.sum(axis=1), 1.0, atol=1e-12)
@@ -328,7 +415,10 @@ def test_e_step_satisfies_the_optimality_conditions_on_random_instances():
 
 
 def test_e_step_multipliers_agree_with_scipy():
-    """(eta, lam) themselves, from nested scalar solvers: Brent's root for KL = eps inside Brent's root for the cost."""
+    """(eta, lam) themselves, from nested scalar solvers:
+
+    Brent's root for KL = eps inside Brent's root for the cost.
+    """
     rng = np.random.default_rng(3)
     compared = 0
     while compared < 40:
@@ -360,7 +450,11 @@ def test_e_step_agrees_with_cvxpy():
     reward_p, cost_p = cp.Parameter((states, actions)), cp.Parameter((states, actions))
     eps_p, slack_p = cp.Parameter(nonneg=True), cp.Parameter()
     kl = cp.sum(cp.rel_entr(q, np.full((states, actions), 1 / actions))) / states
-    constraints = [cp.sum(q, axis=1) == 1, kl <= eps_p, cp.sum(cp.multiply(q, cost_p)) / states <= slack_p]
+    constraints = [
+        cp.sum(q, axis=1) == 1,
+        kl <= eps_p,
+        cp.sum(cp.multiply(q, cost_p)) / states <= slack_p,
+    ]
     problem = cp.Problem(cp.Maximize(cp.sum(cp.multiply(q, reward_p)) / states), constraints)
     infeasible = inaccurate = 0
     for _ in range(INSTANCES):
@@ -369,7 +463,9 @@ def test_e_step_agrees_with_cvxpy():
         solved = e_step(reward, cost, eps, slack)
         reward_p.value, cost_p.value, eps_p.value, slack_p.value = reward, cost, eps, slack
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # cvxpy warns where Clarabel stops early, near the edge of feasibility
+            warnings.simplefilter(
+                "ignore"
+            )  # cvxpy warns where Clarabel stops early, near the edge of feasibility
             problem.solve(solver=cp.CLARABEL)
         if "inaccurate" in problem.status:
             inaccurate += 1
@@ -377,7 +473,9 @@ def test_e_step_agrees_with_cvxpy():
             infeasible += 1
             assert problem.status == "infeasible"
         else:
-            assert np.mean(np.sum(solved.weights * reward, axis=1)) == pytest.approx(problem.value, abs=2e-6)
+            assert np.mean(np.sum(solved.weights * reward, axis=1)) == pytest.approx(
+                problem.value, abs=2e-6
+            )
     assert infeasible > 50
     assert inaccurate < 0.01 * INSTANCES
 
@@ -395,7 +493,9 @@ def test_recovery_has_the_lowest_reachable_cost():
             bounds=[(1e-9, 1)] * 4,
             constraints=[
                 LinearConstraint(np.ones((1, 4)), 1, 1),
-                NonlinearConstraint(lambda q: q @ np.log(4 * q), -np.inf, eps, jac=lambda q: np.log(4 * q) + 1),
+                NonlinearConstraint(
+                    lambda q: q @ np.log(4 * q), -np.inf, eps, jac=lambda q: np.log(4 * q) + 1
+                ),
             ],
             method="SLSQP",
             options={"ftol": 1e-12, "maxiter": 500},
@@ -406,7 +506,9 @@ def test_recovery_has_the_lowest_reachable_cost():
 
 @pytest.mark.parametrize("cost", [0.0, 2.0])
 def test_e_step_when_actions_make_no_difference(cost):
-    """Constant Q values (an untrained critic) give the uniform q, no division by zero; a constant excess is a recovery."""
+    """Constant Q values (an untrained critic) give the uniform q, no division by zero; a constant
+    excess is a recovery.
+    """
     solved = e_step(np.full((3, 4), 7.0), np.full((3, 4), cost), 0.02, 1.0)
     np.testing.assert_allclose(solved.weights, 0.25)
     assert solved.recovery == (cost > 1.0)
@@ -431,23 +533,33 @@ def test_effective_sample_size_by_hand():
 
 
 def test_gaussian_kl_split_by_hand():
-    """Shift by one old deviation: KL_mu = 1/2 each, summed: 1. Doubled deviation: KL_Sigma = (1/4 - 1 + 2 ln 2)/2 each."""
+    """Shift by one old deviation:
+
+    KL_mu = 1/2 each, summed: 1. Doubled deviation: KL_Sigma = (1/4 - 1 + 2 ln 2)/2 each.
+    """
     from scpo_bench.baselines.cvpo_policy import gaussian_kl_split
 
     old_mean, old_std = torch.zeros(1, 2), torch.tensor([[1.0, 3.0]])
-    kl_mean, kl_covariance = gaussian_kl_split(torch.tensor([[1.0, 3.0]]), 2 * old_std, old_mean, old_std)
+    kl_mean, kl_covariance = gaussian_kl_split(
+        torch.tensor([[1.0, 3.0]]), 2 * old_std, old_mean, old_std
+    )
     assert kl_mean.item() == pytest.approx(1.0)
     assert kl_covariance.item() == pytest.approx(0.25 - 1 + 2 * np.log(2.0), rel=1e-6)
 
 
 def test_weighted_likelihood_is_the_sum_over_samples():
-    """The moments' form against torch's densities: q sums to one over the K samples, and is summed, not averaged."""
+    """The moments' form against torch's densities: q sums to one over the K samples, and is summed,
+    not averaged.
+    """
     from scpo_bench.baselines.cvpo_policy import weighted_nll_split
 
     torch.manual_seed(0)
     mean, old_mean = torch.randn(2, 3, 2, dtype=torch.float64)
     std, old_std = torch.rand(2, 3, 2, dtype=torch.float64) + 0.5
-    actions, weights = torch.randn(3, 4, 2, dtype=torch.float64), torch.rand(3, 4, dtype=torch.float64).softmax(dim=1)
+    actions, weights = (
+        torch.randn(3, 4, 2, dtype=torch.float64),
+        torch.rand(3, 4, dtype=torch.float64).softmax(dim=1),
+    )
 
     def direct(mean, std):
         normal = torch.distributions.Normal
@@ -456,30 +568,37 @@ def test_weighted_likelihood_is_the_sum_over_samples():
         return -(weights * (a + b)).sum(dim=1).mean()
 
     other = (mean + 0.3, std * 1.2)
-    difference = weighted_nll_split(*other, old_mean, old_std, actions, weights) - weighted_nll_split(
-        mean, std, old_mean, old_std, actions, weights
-    )
+    difference = weighted_nll_split(
+        *other, old_mean, old_std, actions, weights
+    ) - weighted_nll_split(mean, std, old_mean, old_std, actions, weights)
     assert difference.item() == pytest.approx((direct(*other) - direct(mean, std)).item())
 
 
-# ---- costs and configuration ----------------------------------------------------------------------------------------
+# ---- costs and configuration
+# ----------------------------------------------------------------------------------------
 
 
 def test_episode_costs_are_of_this_update_only():
-    """J_C: the mean of episodes that end in this update, wherever they began; a moving average would be stale."""
+    """J_C: the mean of episodes that end in this update, wherever they began; a moving average
+    would be stale.
+    """
     costs = EpisodeCosts(2, 1)
     for step in range(3):
         costs.add(np.array([[1.0], [10.0]]), np.array([step == 2, False]))
     assert costs.estimate()[0] == pytest.approx([3.0])
     costs.start_update()
-    costs.add(np.array([[1.0], [10.0]]), np.array([False, True]))  # began in the last update: 4 steps of 10
+    costs.add(
+        np.array([[1.0], [10.0]]), np.array([False, True])
+    )  # began in the last update: 4 steps of 10
     estimate, length = costs.estimate()
     assert estimate == pytest.approx([40.0])
     assert length == 4.0
 
 
 def test_episode_costs_fall_back_on_partial_data():
-    """No episode ended: cost per step (11/2) times the longest running episode (3 steps), documented as such."""
+    """No episode ended: cost per step (11/2) times the longest running episode (3 steps),
+    documented as such.
+    """
     costs = EpisodeCosts(2, 1)
     for _ in range(3):
         costs.add(np.array([[1.0], [10.0]]), np.array([False, False]))
@@ -490,5 +609,7 @@ def test_unknown_configuration_key_names_the_nearest():
     """A misspelt key must not be ignored: a run with silent defaults is a wrong result."""
     from scpo_bench.baselines.cpo import CPOConfig
 
-    with pytest.raises(ValueError, match=r"CPOConfig\.cost_limt: unknown field; did you mean 'cost_limit'\?"):
+    with pytest.raises(
+        ValueError, match=r"CPOConfig\.cost_limt: unknown field; did you mean 'cost_limit'\?"
+    ):
         resolve_config(CPOConfig, {"cost_limt": 3.0})

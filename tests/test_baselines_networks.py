@@ -1,4 +1,6 @@
-"""The NumPy networks and actors of the on-policy baselines against torch's autograd, and the replay buffer by hand."""
+"""The NumPy networks and actors of the on-policy baselines against torch's autograd, and the replay
+buffer by hand.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +32,17 @@ def flat(tensors):
 def test_backward_and_jvp_equal_autograd(activation):
     """A wrong hand-written derivative would train on a wrong gradient without any error."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(3, 8), activation(), nn.Linear(8, 7), activation(), nn.Linear(7, 2)).double()
+    net = nn.Sequential(
+        nn.Linear(3, 8), activation(), nn.Linear(8, 7), activation(), nn.Linear(7, 2)
+    ).double()
     x, weight = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
     mlp = Mlp(*sequential_layers(net))
     np.testing.assert_allclose(mlp.forward(x.numpy()), net(x).detach().numpy(), rtol=1e-12)
     (net(x) * weight).sum().backward()
     mlp.backward(weight.numpy())
-    np.testing.assert_allclose(mlp.grad, flat(p.grad for p in net.parameters()), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(
+        mlp.grad, flat(p.grad for p in net.parameters()), rtol=1e-9, atol=1e-12
+    )
 
     direction = np.random.default_rng(0).normal(size=mlp.theta.size)
     tangent, start, h = mlp.jvp(direction), mlp.theta.copy(), 1e-6
@@ -57,7 +63,8 @@ def test_networks_are_written_back():
 
 
 def test_unsupported_activation_is_refused():
-    """A network that the hand-written derivatives do not cover must be refused, not approximated."""
+    """A network that the hand-written derivatives do not cover must be refused, not approximated.
+    """
     with pytest.raises(ValueError, match=r"activation_fn: expected nn\.Tanh or nn\.ReLU"):
         sequential_layers(nn.Sequential(nn.Linear(2, 2), nn.ELU(), nn.Linear(2, 1)))
 
@@ -112,25 +119,37 @@ def test_actor_equals_the_policy_it_copies(action_space):
     other = actor_of(policy)
     kl = torch.distributions.kl_divergence(old, policy.get_distribution(x).distribution)
     summed = kl.sum(dim=1) if kl.dim() == 2 else kl  # summed over action dimensions, not averaged
-    assert other.kl(old_head, old_extra, other.head(x.numpy())) == pytest.approx(summed.mean().item(), rel=1e-3)
+    assert other.kl(old_head, old_extra, other.head(x.numpy())) == pytest.approx(
+        summed.mean().item(), rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("action_space", SPACES)
 def test_fisher_product_is_the_hessian_of_the_kl(action_space):
-    """The trust region's metric, against second derivatives by autograd: a factor dim(A) off would change its size."""
+    """The trust region's metric, against second derivatives by autograd: a factor dim(A) off would
+    change its size.
+    """
     policy = make_policy(action_space)
     actor = actor_of(policy)
     x = torch.randn(6, 3)
     head = actor.head(x.numpy())
     with torch.no_grad():
         old = policy.get_distribution(x).distribution
-        old = type(old)(logits=old.logits) if hasattr(old, "logits") else type(old)(old.loc, old.scale)
+        old = (
+            type(old)(logits=old.logits)
+            if hasattr(old, "logits")
+            else type(old)(old.loc, old.scale)
+        )
     kl = torch.distributions.kl_divergence(old, policy.get_distribution(x).distribution)
     mean_kl = (kl.sum(dim=1) if kl.dim() == 2 else kl).mean()
-    gradient = torch.cat([g.ravel() for g in torch.autograd.grad(mean_kl, actor.mlp.tensors, create_graph=True)])
+    gradient = torch.cat(
+        [g.ravel() for g in torch.autograd.grad(mean_kl, actor.mlp.tensors, create_graph=True)]
+    )
     direction = np.random.default_rng(0).normal(size=actor.mlp.theta.size).astype(np.float32)
     hessian_product = torch.autograd.grad(gradient @ torch.tensor(direction), actor.mlp.tensors)
-    np.testing.assert_allclose(actor.fisher_product(head, direction), flat(hessian_product), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(
+        actor.fisher_product(head, direction), flat(hessian_product), rtol=1e-3, atol=1e-5
+    )
 
 
 def test_samples_have_the_policys_distribution():
@@ -150,13 +169,19 @@ def test_actor_with_backup_starts_at_it():
 
 
 def test_clipped_surrogate_by_hand():
-    """Ratio 1.5 at A = 2 and 0.5 at A = -1 are clipped (gradient 0); the other way round they are not."""
+    """Ratio 1.5 at A = 2 and 0.5 at A = -1 are clipped (gradient 0); the other way round they are
+    not.
+    """
     ratio, advantages = np.array([1.5, 0.5, 1.5, 0.5]), np.array([2.0, -1.0, -1.0, 2.0])
-    np.testing.assert_allclose(clipped_surrogate_weights(ratio, advantages, 0.2), [0.0, 0.0, 0.375, -0.25])
+    np.testing.assert_allclose(
+        clipped_surrogate_weights(ratio, advantages, 0.2), [0.0, 0.0, 0.375, -0.25]
+    )
 
 
 def test_critics_equal_the_networks_written_out():
-    """Values (several actions per state, slice by slice) and the regression's hand-written gradient, against autograd."""
+    """Values (several actions per state, slice by slice) and the regression's hand-written
+    gradient, against autograd.
+    """
     torch.manual_seed(0)
     critics = Critics(4, 3, spaces.Box(np.float32([-1, 0]), np.float32([1, 4])), [9, 8, 7])
     observations, actions, targets = torch.randn(70, 3), torch.rand(70, 16, 2), torch.randn(4, 70)
@@ -165,14 +190,19 @@ def test_critics_equal_the_networks_written_out():
         scaled = (actions - torch.tensor([0.0, 2.0])) / torch.tensor([1.0, 2.0])
         values = []
         for n in range(4):
-            hidden = observations.unsqueeze(1) @ critics.state_weight[n] + scaled @ critics.action_weight[n]
+            hidden = (
+                observations.unsqueeze(1) @ critics.state_weight[n]
+                + scaled @ critics.action_weight[n]
+            )
             hidden = (hidden + critics.first_bias[n]).relu()
             for weight, bias in list(zip(critics.weights, critics.biases))[:-1]:
                 hidden = (hidden @ weight[n] + bias[n]).relu()
             values.append((hidden @ critics.weights[-1][n] + critics.biases[-1][n]).squeeze(2))
         return torch.stack(values)
 
-    torch.testing.assert_close(critics(observations, actions), written_out(actions).detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        critics(observations, actions), written_out(actions).detach(), rtol=1e-5, atol=1e-6
+    )
 
     losses = (written_out(actions[:, :1]).squeeze(2) - targets).square().mean(dim=1)
     expected = torch.autograd.grad(losses.sum(), list(critics.parameters()))
@@ -183,7 +213,8 @@ def test_critics_equal_the_networks_written_out():
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
-# ---- replay ---------------------------------------------------------------------------------------------------------
+# ---- replay
+# ---------------------------------------------------------------------------------------------------------
 
 
 def filled_replay(rows, ends=(), terminated=(), capacity=8):
@@ -191,22 +222,37 @@ def filled_replay(rows, ends=(), terminated=(), capacity=8):
     replay = CostReplay(capacity, OBSERVATIONS, SPACES[0])
     for t in range(rows):
         replay.add(
-            observations=np.full((1, 3), t), next_observations=np.full((1, 3), t + 1), actions=np.zeros((1, 2)),
-            rewards=np.array([10.0**t]), costs=np.array([float(t)]), ends=np.array([t in ends]),
+            observations=np.full((1, 3), t),
+            next_observations=np.full((1, 3), t + 1),
+            actions=np.zeros((1, 2)),
+            rewards=np.array([10.0**t]),
+            costs=np.array([float(t)]),
+            ends=np.array([t in ends]),
             terminated=np.array([t in terminated]),
-        )  # fmt: skip
+        )
     return replay
 
 
 def by_start(replay, n_step=3, gamma=0.5):
     """start step -> (reward, cost, next observation, discount), every start drawn at least once."""
     batch = replay.sample(400, n_step, gamma, np.random.default_rng(0))
-    rows = zip(batch.observations[:, 0], batch.rewards, batch.costs, batch.next_observations[:, 0], batch.discounts)
-    return {int(start): (float(r), float(c), int(following), float(d)) for start, r, c, following, d in rows}
+    rows = zip(
+        batch.observations[:, 0],
+        batch.rewards,
+        batch.costs,
+        batch.next_observations[:, 0],
+        batch.discounts,
+    )
+    return {
+        int(start): (float(r), float(c), int(following), float(d))
+        for start, r, c, following, d in rows
+    }
 
 
 def test_n_step_returns_by_hand():
-    """Inside, across a truncation (bootstraps at the end's observation), across a termination (discount 0), at the newest."""
+    """Inside, across a truncation (bootstraps at the end's observation), across a termination
+    (discount 0), at the newest.
+    """
     rows = by_start(filled_replay(6, ends={2, 4}, terminated={4}))
     assert rows[0] == (1 + 5 + 25, 0 + 0.5 + 0.5, 3, 0.125)
     assert rows[1] == (10 + 50, 1 + 1, 3, 0.25)  # truncated at 2: two steps, bootstrapped

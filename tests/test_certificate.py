@@ -5,16 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from scpo_bench.checks.known_functions import KnownFunctions
 from scpo_bench.scpo import smoothness
-from scpo_bench.scpo.known_functions import KnownFunctions
-from scpo_bench.scpo.probes import DirectionMemory, probe_basis
+from scpo_bench.scpo.directions import DirectionMemory, probe_basis
 from scpo_bench.scpo.projection import Certificate, project
 
 RHO = 1e-3
 
 
-def certified_steps(d: int, steps: int, factor: float, seed: int, central: bool = False) -> tuple[int, float, int]:
-    """(breaches, largest realised value, steps that moved) over certified updates with L scaled by ``factor``."""
+def certified_steps(
+    d: int, steps: int, factor: float, seed: int, central: bool = False
+) -> tuple[int, float, int]:
+    """(breaches, largest realised value, steps that moved) over certified updates with L scaled by
+    ``factor``.
+    """
     rng = np.random.default_rng(seed)
     g = KnownFunctions(d, 3, rng)
     x, memory = np.zeros(d), DirectionMemory.empty(3, d)
@@ -25,7 +29,9 @@ def certified_steps(d: int, steps: int, factor: float, seed: int, central: bool 
             x = np.zeros(d)
             here = g(x[None])[0]
         proposal = rng.normal(size=d)
-        basis = probe_basis(proposal, memory.candidates(x, ("normals", "momentum", "start"), ()), min(8, d), rng)
+        basis = probe_basis(
+            proposal, memory.candidates(x, ("normals", "momentum", "start"), ()), min(8, d), rng
+        )
         plus, minus = g(x + RHO * basis.T), g(x - RHO * basis.T)
         slopes = (plus - minus).T / (2 * RHO) if central else (plus - here).T / RHO
         L = g.L * factor
@@ -42,7 +48,9 @@ def certified_steps(d: int, steps: int, factor: float, seed: int, central: bool 
 
 @pytest.mark.parametrize(("d", "steps"), [(1, 2500), (5, 2500), (40, 2500), (200, 2500)])
 def test_valid_smoothness_is_never_breached(d, steps):
-    """10 000 certified steps: no realised value above its bound, none unsafe, and the iterates do move."""
+    """10 000 certified steps: no realised value above its bound, none unsafe, and the iterates do
+    move.
+    """
     breaches, worst, moved = certified_steps(d, steps, 1.0, seed=d, central=d == 5)
     assert breaches == 0
     assert worst <= 1e-12
@@ -57,13 +65,19 @@ def test_understated_smoothness_is_found_out():
 
 def test_second_differences_of_a_quadratic():
     """For g = 3 x^2 / 2 the second difference is the curvature, 3."""
-    values = smoothness.second_differences(np.zeros(1), np.array([[1.5e-6]]), np.array([[1.5e-6]]), 1e-3)
+    values = smoothness.second_differences(
+        np.zeros(1), np.array([[1.5e-6]]), np.array([[1.5e-6]]), 1e-3
+    )
     assert values == pytest.approx([3.0])
 
 
 def test_after_breach_learns_what_the_step_showed():
-    """|z| = 1, linear part 0, realised 4: only L >= 8 would have covered it; unbreached constraints keep theirs."""
-    raised = smoothness.after_breach(np.array([1.0, 1.0]), np.array([True, False]), np.array([4.0, -1.0]), np.zeros(2), 1.0)
+    """|z| = 1, linear part 0, realised 4: only L >= 8 would have covered it; unbreached constraints
+    keep theirs.
+    """
+    raised = smoothness.after_breach(
+        np.array([1.0, 1.0]), np.array([True, False]), np.array([4.0, -1.0]), np.zeros(2), 1.0
+    )
     assert raised == pytest.approx([8.0, 1.0])
 
 

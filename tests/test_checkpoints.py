@@ -1,4 +1,6 @@
-"""A killed run goes on from its last checkpoint, and its record is that of a run that was never killed."""
+"""A killed run goes on from its last checkpoint, and its record is that of a run that was never
+killed.
+"""
 
 import itertools
 import multiprocessing
@@ -9,32 +11,62 @@ import time
 import numpy as np
 import pytest
 
-from scpo_bench import checkpoints
-from scpo_bench.harness import run_cell
-from scpo_bench.records import CHECKPOINT_FILE, Cell, LogMark, RecordError, Update, UpdateLog, read_run, read_updates
+from scpo_bench.records.files import (
+    CHECKPOINT_FILE,
+    LogMark,
+    RecordError,
+    UpdateLog,
+    read_run,
+    read_updates,
+)
+from scpo_bench.records.schema import Cell, Update
+from scpo_bench.runs import checkpoints
+from scpo_bench.runs.harness import run_cell
 
 EXHAUSTIVE = bool(os.environ.get("SCPO_BENCH_EXHAUSTIVE"))
 KILLS = 50 if EXHAUSTIVE else 3
 
-REGRESSION = {"task": "scpo_bench/HarmfulRegression-v0", "start": "backup", "cost_limit": 0.0, "num_envs": 4, "seed": 1}
+REGRESSION = {
+    "task": "scpo_bench/HarmfulRegression-v0",
+    "start": "backup",
+    "cost_limit": 0.0,
+    "num_envs": 4,
+    "seed": 1,
+}
 SUPERVISED = {"n_steps": 10, "labels": "visited", "learning_rate": 0.3}
 CELLS = {
     "scpo": {**REGRESSION, "steps": 800, "config": SUPERVISED},
     "sgd": {**REGRESSION, "steps": 2000, "config": SUPERVISED},
     "ppo": {**REGRESSION, "steps": 1200, "config": {"n_steps": 10, "batch_size": 20}},
-    "ppo-lagrangian": {**REGRESSION, "steps": 2000, "config": {"steps_per_update": 40, "critic_passes": 5}},
+    "ppo-lagrangian": {
+        **REGRESSION,
+        "steps": 2000,
+        "config": {"steps_per_update": 40, "critic_passes": 5},
+    },
     "cpo": {**REGRESSION, "steps": 2000, "config": {"steps_per_update": 40}},
     "cvpo": {
         **REGRESSION,
         "steps": 1600,
-        "config": {"steps_per_update": 40, "learning_starts": 100, "batch_size": 32, "net_arch": [32, 32], "episode_steps": 10},
+        "config": {
+            "steps_per_update": 40,
+            "learning_starts": 100,
+            "batch_size": 32,
+            "net_arch": [32, 32],
+            "episode_steps": 10,
+        },
     },
 }
 if EXHAUSTIVE:
     CELLS["ppo-lagrangian normalised"] = {
-        "task": "SafetyPointGoal1-v0", "cost_limit": 25.0, "num_envs": 2, "seed": 1, "steps": 3000, "normalize": True,
-        "evaluation_episodes": 1, "config": {"steps_per_update": 300, "critic_passes": 2},
-    }  # fmt: skip
+        "task": "SafetyPointGoal1-v0",
+        "cost_limit": 25.0,
+        "num_envs": 2,
+        "seed": 1,
+        "steps": 3000,
+        "normalize": True,
+        "evaluation_episodes": 1,
+        "config": {"steps_per_update": 300, "critic_passes": 2},
+    }
 
 
 def cell_of(name: str) -> Cell:
@@ -44,7 +76,7 @@ def cell_of(name: str) -> Cell:
 def in_own_process(cell, folder):
     """A process that runs the cell, forked from one that has the imports done."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["scpo_bench.harness"])
+    context.set_forkserver_preload(["scpo_bench.runs.harness"])
     process = context.Process(target=run_cell, args=(cell, folder, "s"))
     process.start()
     return process
@@ -77,7 +109,11 @@ def test_killed_at_random_moments(tmp_path, name):
             process.join()
             kills += 1
         run = read_run(folder)
-        assert (run.status, run.digest, run.updates) == ("finished", expected.digest, expected.updates)
+        assert (run.status, run.digest, run.updates) == (
+            "finished",
+            expected.digest,
+            expected.updates,
+        )
         assert not (folder / CHECKPOINT_FILE).exists()
 
 
@@ -103,20 +139,29 @@ def half_done(tmp_path, monkeypatch):
 
 
 def test_goes_on_instead_of_starting_again(half_done):
-    """Only the missing steps are taken: progress begins where the run was stopped, and time goes on too."""
+    """Only the missing steps are taken: progress begins where the run was stopped, and time goes on
+    too.
+    """
     folder, cell = half_done
     shown = []
     run = run_cell(cell, folder, "s", lambda steps, updates: shown.append((steps, updates)))
     assert run.status == "finished"
     updates = read_updates(folder)
     assert [u.update for u in updates] == list(range(51))
-    assert all(later.wall_time_s >= earlier.wall_time_s for earlier, later in itertools.pairwise(updates))
+    assert all(
+        later.wall_time_s >= earlier.wall_time_s for earlier, later in itertools.pairwise(updates)
+    )
     assert min(updates for _, updates in shown) >= 20
 
 
-@pytest.mark.parametrize("fault", ["sealed by someone else", "cut short", "log shorter", "log changed"])
+@pytest.mark.parametrize(
+    "fault", ["sealed by someone else", "cut short", "log shorter", "log changed"]
+)
 def test_checkpoint_that_does_not_fit_is_passed_over(half_done, fault, monkeypatch, tmp_path):
-    """Then the run starts again, and ends with the same record. Nothing of a foreign checkpoint is unpickled."""
+    """Then the run starts again, and ends with the same record.
+
+    Nothing of a foreign checkpoint is unpickled.
+    """
     folder, cell = half_done
     path = folder / CHECKPOINT_FILE
     if fault == "sealed by someone else":
@@ -130,7 +175,9 @@ def test_checkpoint_that_does_not_fit_is_passed_over(half_done, fault, monkeypat
         if fault == "log shorter":
             log.write_bytes(b"".join(lines[:5]))
         else:
-            log.write_bytes(b"".join([lines[0].replace(b'"episodes":0', b'"episodes":1'), *lines[1:]]))
+            log.write_bytes(
+                b"".join([lines[0].replace(b'"episodes":0', b'"episodes":1'), *lines[1:]])
+            )
     shown = []
     run = run_cell(cell, folder, "s", lambda steps, updates: shown.append(updates))
     assert run.digest == run_cell(cell, tmp_path / "whole", "s").digest
@@ -151,7 +198,10 @@ def test_no_place_for_a_key_means_no_checkpoints(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "file"))
     checkpointer = checkpoints.Checkpointer(tmp_path, "key", {})
     assert checkpointer.obstacle
-    assert run_cell(cell_of("cpo").model_copy(update={"steps": 80}), tmp_path / "run", "s").status == "finished"
+    assert (
+        run_cell(cell_of("cpo").model_copy(update={"steps": 80}), tmp_path / "run", "s").status
+        == "finished"
+    )
 
 
 def _update(number):
@@ -176,7 +226,9 @@ def test_log_goes_on_from_a_mark(tmp_path):
 
 
 def test_full_disk_is_named_and_the_run_goes_on_later(tmp_path):
-    """Writing fails in the middle: one line says so, and with room again the record ends as if nothing had happened."""
+    """Writing fails in the middle: one line says so, and with room again the record ends as if
+    nothing had happened.
+    """
     cell = cell_of("cpo")
     folder = tmp_path / "full"
     context = multiprocessing.get_context("forkserver")
@@ -192,7 +244,9 @@ def test_full_disk_is_named_and_the_run_goes_on_later(tmp_path):
 
 
 def _run_with_little_room(cell, folder):
-    """No file may grow beyond 20 kB: what a full disk looks like to a program (EFBIG instead of ENOSPC)."""
+    """No file may grow beyond 20 kB: what a full disk looks like to a program (EFBIG instead of
+    ENOSPC).
+    """
     import resource
     import signal
 

@@ -12,12 +12,21 @@ from pathlib import Path
 
 import pytest
 
-COMMAND = [str(Path(sys.executable).with_name("scpo-bench"))]  # the script itself: it registers tasks later than an import does
+COMMAND = [
+    str(Path(sys.executable).with_name("scpo-bench"))
+]  # the script itself: it registers tasks later than an import does
 RUN_SMALL = ["compare", "ppo", "--task", "scpo_bench/HarmfulRegression-v0", "--seeds", "1"]
 
 
 def scpo_bench(*arguments, cwd=None, expect=0):
-    result = subprocess.run([*COMMAND, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run(
+        [*COMMAND, *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert result.returncode == expect, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     return result
@@ -28,14 +37,32 @@ def test_help_is_quick_and_names_every_command():
     before = os.times()
     text = scpo_bench("--help").stdout
     after = os.times()
-    for command in ("list", "run", "compare", "leaderboard", "plot", "verify", "bundle", "check", "doctor"):
+    for command in (
+        "list",
+        "run",
+        "compare",
+        "leaderboard",
+        "plot",
+        "verify",
+        "bundle",
+        "check",
+        "doctor",
+    ):
         assert command in text
-    used = after.children_user + after.children_system - before.children_user - before.children_system
+    used = (
+        after.children_user + after.children_system - before.children_user - before.children_system
+    )
     assert used < 0.8  # generous: shared machines; tests/performance/ measures it
     loaded = subprocess.run(
-        [sys.executable, "-c", "import sys, scpo_bench.cli; print([m for m in ('torch', 'pandas', 'mujoco') if m in sys.modules])"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            "import sys, scpo_bench.cli; print([m for m in ('torch', 'pandas', 'mujoco') if m in sys.modules])",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert loaded.stdout.strip() == "[]"
 
 
@@ -47,10 +74,16 @@ def test_help_is_quick_and_names_every_command():
         (["run", "quick", "--tasks", "SafetyPointGoal2-v0"], "the suite has no task"),
         (["run", "quick", "--agents", "no_such_module:Agent"], "cannot import 'no_such_module'"),
         (["run", "quick", "--agents", "no_such_file.py:Agent"], "no file no_such_file.py"),
-        (["run", "quick", "--agents", "stable_baselines3:PPPO"], "no class 'PPPO' in stable_baselines3; did you mean 'PPO'?"),
+        (
+            ["run", "quick", "--agents", "stable_baselines3:PPPO"],
+            "no class 'PPPO' in stable_baselines3; did you mean 'PPO'?",
+        ),
         (["run", "quick", "--file", "no.yaml"], "no.yaml: cannot be read"),
         (["run", "quick", "--results", "/dev/null/x"], "--results: cannot write"),
-        (["compare", "scpo", "--task", "scpo_bench/HarmfulRegresion-v0"], "did you mean 'scpo_bench/HarmfulRegression-v0'?"),
+        (
+            ["compare", "scpo", "--task", "scpo_bench/HarmfulRegresion-v0"],
+            "did you mean 'scpo_bench/HarmfulRegression-v0'?",
+        ),
         (["leaderboard", "quick", "--results", "nowhere"], "no records of suite 'quick'"),
         (["plot", "quick", "--results", "nowhere"], "no records of suite 'quick'"),
         (["run"], "Missing argument"),
@@ -72,15 +105,28 @@ def test_compare_runs_and_prints_a_table(tmp_path):
     assert "0 run, 1 already there" in scpo_bench(*small, cwd=tmp_path).stdout
     for name in ("md", "csv", "json"):
         assert "ppo" in scpo_bench("leaderboard", "--results", tmp_path, "--format", name).stdout
-    figures = scpo_bench("plot", "compare-scpo_bench.HarmfulRegression-v0", "--results", tmp_path).stdout.split()
+    figures = scpo_bench(
+        "plot", "compare-scpo_bench.HarmfulRegression-v0", "--results", tmp_path
+    ).stdout.split()
     assert figures
     assert all(Path(figure).stat().st_size > 5000 for figure in figures)
 
 
 def test_third_party_agent_from_a_file(tmp_path):
     """An agent of one's own, without editing the package."""
-    (tmp_path / "mine.py").write_text("from stable_baselines3 import A2C\n\n\nclass Mine(A2C):\n    pass\n")
-    arguments = ["compare", "mine.py:Mine", "--task", "scpo_bench/HarmfulRegression-v0", "--seeds", "1", "--steps", "640"]
+    (tmp_path / "mine.py").write_text(
+        "from stable_baselines3 import A2C\n\n\nclass Mine(A2C):\n    pass\n"
+    )
+    arguments = [
+        "compare",
+        "mine.py:Mine",
+        "--task",
+        "scpo_bench/HarmfulRegression-v0",
+        "--seeds",
+        "1",
+        "--steps",
+        "640",
+    ]
     assert "1 run" in scpo_bench(*arguments, "--results", tmp_path / "r", cwd=tmp_path).stdout
 
 
@@ -98,15 +144,34 @@ def test_unsafe_start_is_status_2(tmp_path):
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(tmp_path, sent, jobs):
-    """Interrupt a run in the middle: status 130, a readable record, nothing else printed. Schedulers send SIGTERM instead."""
-    arguments = [*COMMAND, *RUN_SMALL, "--steps", "64000", "--results", str(tmp_path), "--jobs", jobs]
+    """Interrupt a run in the middle: status 130, a readable record, nothing else printed.
+
+    Schedulers send SIGTERM instead.
+    """
+    arguments = [
+        *COMMAND,
+        *RUN_SMALL,
+        "--steps",
+        "64000",
+        "--results",
+        str(tmp_path),
+        "--jobs",
+        jobs,
+    ]
     process = subprocess.Popen(
-        arguments, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        # Tests started in the background inherit an ignored SIGINT; a user's shell does not ignore it.
+        arguments,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Tests started in the background inherit an ignored SIGINT; a user's shell does not ignore
+        # it.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
+    )
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not any(p.stat().st_size for p in tmp_path.rglob("updates.jsonl")):
+    while time.monotonic() < deadline and not any(
+        p.stat().st_size for p in tmp_path.rglob("updates.jsonl")
+    ):
         time.sleep(0.1)
     process.send_signal(sent)
     out, err = process.communicate(timeout=60)
@@ -126,7 +191,9 @@ def test_list_and_doctor():
 
 
 def test_processes_of_a_run_find_the_tasks(tmp_path):
-    """--workers, from the command: in its processes too the tasks are registered; the record is that of one process."""
+    """--workers, from the command: in its processes too the tasks are registered; the record is
+    that of one process.
+    """
     (tmp_path / "suites.yaml").write_text(
         """
 version: 1
@@ -140,7 +207,23 @@ suites:
 """
     )
     for workers in (1, 2):
-        scpo_bench("run", "tiny", "--file", "suites.yaml", "--workers", workers, "--results", workers, cwd=tmp_path)
-    one, two = ([json.loads(file.read_text())["digest"] for file in sorted((tmp_path / n).rglob("run.json"))] for n in "12")
+        scpo_bench(
+            "run",
+            "tiny",
+            "--file",
+            "suites.yaml",
+            "--workers",
+            workers,
+            "--results",
+            workers,
+            cwd=tmp_path,
+        )
+    one, two = (
+        [
+            json.loads(file.read_text())["digest"]
+            for file in sorted((tmp_path / n).rglob("run.json"))
+        ]
+        for n in "12"
+    )
     assert one == two
     assert len(one) == 2

@@ -1,4 +1,6 @@
-"""`scpo-bench check`: what keeps to the contract passes, and each way of breaking it is found by the check named for it."""
+"""`scpo-bench check`: what keeps to the contract passes, and each way of breaking it is found by
+the check named for it.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,10 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 from typer.testing import CliRunner
 
+from scpo_bench.checks.conformance import TRIVIAL, check
 from scpo_bench.cli import app
-from scpo_bench.conformance import TRIVIAL, check
-from scpo_bench.harness import run_cell
-from scpo_bench.records import Cell
+from scpo_bench.records.schema import Cell
+from scpo_bench.runs.harness import run_cell
 
 AGENTS = """
 import sys
@@ -127,7 +129,9 @@ def scpo_bench_check(*arguments):
 
 @pytest.mark.filterwarnings("ignore:.*symmetric and normalized space")  # it is neither, on purpose
 def test_trivial_task_is_a_sound_environment():
-    """Gymnasium's own checks pass; the expert's action costs nothing and earns the best return; no other action is taken."""
+    """Gymnasium's own checks pass; the expert's action costs nothing and earns the best return; no
+    other action is taken.
+    """
     env = gym.make(TRIVIAL)
     check_env(env.unwrapped, skip_render_check=True)
     _, info = env.reset(seed=0)
@@ -156,7 +160,9 @@ def test_agents_that_keep_to_the_contract_conform(agents_file, agent, config):
     assert [p.name for p in agents_file.iterdir() if p.is_dir() and "check" in p.name] == []
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a save() that fails leaves its file open
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # a save() that fails leaves its file open
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_agents_are_found_by_the_check_named_for_it(agents_file, name):
     """One line says what and where, status 1; the records and tracebacks stay for a closer look."""
@@ -178,8 +184,14 @@ def test_broken_agents_are_found_by_the_check_named_for_it(agents_file, name):
         (["leaving.py:Agent"], "cannot import 'leaving.py' (SystemExit: 3)"),
         (["ppo", "--config", "[1"], "--config: expected a JSON object"),
         (["ppo", "--config", "3"], "--config: expected a JSON object"),
-        (["ppo", "--config", '{"n_stepz": 1}'], "--config: PPO.__init__() got an unexpected keyword argument 'n_stepz'"),
-        (["cpo", "--config", '{"target_klo": 1}'], "--config: CPOConfig.target_klo: unknown field; did you mean 'target_kl'?"),
+        (
+            ["ppo", "--config", '{"n_stepz": 1}'],
+            "--config: PPO.__init__() got an unexpected keyword argument 'n_stepz'",
+        ),
+        (
+            ["cpo", "--config", '{"target_klo": 1}'],
+            "--config: CPOConfig.target_klo: unknown field; did you mean 'target_kl'?",
+        ),
     ],
 )
 def test_mistakes_on_the_command_line_are_one_line(agents_file, arguments, message):
@@ -200,13 +212,15 @@ def test_ctrl_c_ends_the_check(tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("scpo_bench.conformance.run_cell", interrupted)
+    monkeypatch.setattr("scpo_bench.checks.conformance.run_cell", interrupted)
     with pytest.raises(KeyboardInterrupt):
         list(check("ppo", {}, 1000, tmp_path))
 
 
 def test_an_agent_that_exits_has_not_finished(agents_file):
-    """sys.exit() inside an agent is its failure, and neither ends the harness nor counts as a finished run."""
+    """sys.exit() inside an agent is its failure, and neither ends the harness nor counts as a
+    finished run.
+    """
     cell = Cell(agent="agents.py:Exiting", task=TRIVIAL, seed=0, steps=100, cost_limit=10.0)
     run = run_cell(cell, agents_file / "run", "s")
     assert (run.status, run.error, run.digest) == ("failed", "SystemExit: 3", None)

@@ -1,4 +1,6 @@
-"""The custom tasks: dynamics by hand, scalar and native environments alike, the backup's safety, the experts."""
+"""The custom tasks: dynamics by hand, scalar and native environments alike, the backup's safety,
+the experts.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def test_make_without_import():
 @pytest.mark.parametrize("task_id", TASKS)
 @pytest.mark.parametrize("kwargs", [{}, {"horizon": 3}])
 def test_native_vector_environment_agrees_with_the_scalar_one(task_id, kwargs):
-    """Same states and actions, same everything: observations, rewards, ends, costs, constraint values, labels, losses."""
+    """Same states and actions, same everything: observations, rewards, ends, costs, constraint
+    values, labels, losses.
+    """
     vector = gym.make_vec(task_id, num_envs=4, vectorization_mode="vector_entry_point", **kwargs)
     observations, _ = vector.reset(seed=5)
     scalars = [gym.make(task_id, **kwargs) for _ in range(4)]
@@ -48,7 +52,8 @@ def test_native_vector_environment_agrees_with_the_scalar_one(task_id, kwargs):
         assert (first == observations[i]).all()
     vector.reset(options={"states": observations})
     rng = np.random.default_rng(0)
-    # The regression's next input is a draw, which the two make from different generators: compare one step there.
+    # The regression's next input is a draw, which the two make from different generators: compare
+    # one step there.
     for _ in range(1 if task_id == REGRESSION else vector.unwrapped.task.horizon):
         actions = rng.uniform(-1.3, 1.3, size=(4, 1)).astype(np.float32)
         after, rewards, terminated, truncated, info = vector.step(actions)
@@ -66,7 +71,9 @@ def test_native_vector_environment_agrees_with_the_scalar_one(task_id, kwargs):
 
 @pytest.mark.parametrize("task_id", TASKS)
 def test_same_seed_same_episode_and_pickle_continues(task_id):
-    """All randomness comes from the reset seed, and a pickled environment goes on as the original does."""
+    """All randomness comes from the reset seed, and a pickled environment goes on as the original
+    does.
+    """
     kwargs = {"noise_std": 0.2} if "Integrator" in task_id else {}
     one, two = gym.make(task_id, **kwargs), gym.make(task_id, **kwargs)
     assert (one.reset(seed=3)[0] == two.reset(seed=3)[0]).all()
@@ -77,7 +84,8 @@ def test_same_seed_same_episode_and_pickle_continues(task_id):
 
 
 def test_double_integrator_step_by_hand():
-    """From p = 0.5, v = -0.2 with u = 1: p' = 0.5 - 0.02 + 0.005, v' = -0.1; u = 7 is clipped to 1."""
+    """From p = 0.5, v = -0.2 with u = 1: p' = 0.5 - 0.02 + 0.005, v' = -0.1; u = 7 is clipped to 1.
+    """
     task = di.ImitationTask()
     state = (np.array([0.5, 0.5]), np.array([-0.2, -0.2]))
     p, v = task.next_state(state, (np.array([1.0, 7.0]),))
@@ -86,21 +94,30 @@ def test_double_integrator_step_by_hand():
 
 
 def test_reward_and_constraints_by_hand():
-    """Imitation: at p = 0.5 the expert pushes with u = 1, so u = 0 earns -1. |p| = 1.2 violates by 0.2, |v| = 0.9 is safe by 0.1."""
+    """Imitation: at p = 0.5 the expert pushes with u = 1, so u = 0 earns -1. |p| = 1.2 violates by
+    0.2, |v| = 0.9 is safe by 0.1.
+    """
     task = di.ImitationTask()
     at = (np.array([0.5]), np.array([0.0]))
     assert task.reward(at, (np.zeros(1),)) == pytest.approx([-1.0])
-    values = task.constraint_values(at, (np.zeros(1),), (np.array([-1.2]), np.array([0.9])), last=False)
+    values = task.constraint_values(
+        at, (np.zeros(1),), (np.array([-1.2]), np.array([0.9])), last=False
+    )
     assert np.ravel(values) == pytest.approx([0.2, -0.1, -1.0])
     regulation = di.RegulationTask()
-    assert regulation.reward((np.array([0.1]), np.array([2.0])), (np.array([1.0]),)) == pytest.approx([-(0.25 + 0.4 + 0.02)])
+    assert regulation.reward(
+        (np.array([0.1]), np.array([2.0])), (np.array([1.0]),)
+    ) == pytest.approx([-(0.25 + 0.4 + 0.02)])
 
 
 def test_terminal_constraint_is_in_force_at_the_last_step_only():
     """V(x_T) / level - 1 at the horizon, -1 before."""
     task = di.ImitationTask()
     after = (np.array([0.9]), np.array([0.9]))
-    early, late = (np.ravel(task.constraint_values(after, (np.zeros(1),), after, last)) for last in (False, True))
+    early, late = (
+        np.ravel(task.constraint_values(after, (np.zeros(1),), after, last))
+        for last in (False, True)
+    )
     x = np.array([0.9, 0.9])
     assert early[2] == -1.0
     assert late[2] == pytest.approx(x @ di.backup().P @ x / di.backup().level - 1)
@@ -110,9 +127,13 @@ def test_terminal_constraint_is_in_force_at_the_last_step_only():
 @settings(max_examples=300, deadline=None)
 @given(st.floats(0, 2 * np.pi), st.floats(0, 1))
 def test_backup_level_set_is_admissible_and_invariant(angle, radius):
-    """From anywhere in {V <= level}: |p|, |v| and |gain x| stay within bounds and V decreases, so the set is never left."""
+    """From anywhere in {V <= level}: |p|, |v| and |gain x| stay within bounds and V decreases, so
+    the set is never left.
+    """
     lqr = di.backup()
-    x = np.linalg.cholesky(np.linalg.inv(lqr.P) * lqr.level) @ (radius * np.array([np.cos(angle), np.sin(angle)]))
+    x = np.linalg.cholesky(np.linalg.inv(lqr.P) * lqr.level) @ (
+        radius * np.array([np.cos(angle), np.sin(angle)])
+    )
     value = x @ lqr.P @ x
     assert (np.abs(x) <= 1 + 1e-9).all()
     u = lqr.gain @ x
@@ -122,10 +143,14 @@ def test_backup_level_set_is_admissible_and_invariant(angle, radius):
 
 
 def test_level_is_the_largest():
-    """Five per cent more and some state of the set breaks a bound: the level is computed, not guessed low."""
+    """Five per cent more and some state of the set breaks a bound: the level is computed, not
+    guessed low.
+    """
     lqr = di.backup()
     angle = np.linspace(0, 2 * np.pi, 2000)
-    x = np.linalg.cholesky(np.linalg.inv(lqr.P) * lqr.level * 1.05) @ np.stack([np.cos(angle), np.sin(angle)])
+    x = np.linalg.cholesky(np.linalg.inv(lqr.P) * lqr.level * 1.05) @ np.stack(
+        [np.cos(angle), np.sin(angle)]
+    )
     assert max(np.abs(x).max(), np.abs(lqr.gain @ x).max()) > 1.0
 
 
@@ -144,7 +169,9 @@ def test_backup_is_safe_from_every_start(task_id):
 
 
 def test_following_the_malicious_expert_violates_everywhere():
-    """The expert is worth the name: from every start in the right half, obeying it leaves the bounds."""
+    """The expert is worth the name: from every start in the right half, obeying it leaves the
+    bounds.
+    """
     task = di.ImitationTask()
     p, v = task.design_starts(200)
     right = p > 0.1
@@ -153,13 +180,20 @@ def test_following_the_malicious_expert_violates_everywhere():
     for step in range(task.horizon):
         action = task.label(state)
         following = task.next_state(state, action)
-        worst = np.maximum(worst, np.max(task.constraint_values(state, action, following, step + 1 == task.horizon), axis=0))
+        worst = np.maximum(
+            worst,
+            np.max(
+                task.constraint_values(state, action, following, step + 1 == task.horizon), axis=0
+            ),
+        )
         state = following
     assert (worst > 0).all()
 
 
 def test_mpc_is_safe_where_the_plain_regulator_is_not():
-    """The constraints matter in the regulation task: its LQR, clipped, violates from some starts; the MPC from none."""
+    """The constraints matter in the regulation task: its LQR, clipped, violates from some starts;
+    the MPC from none.
+    """
     task = di.RegulationTask()
     starts = task.sample_starts(40, np.random.default_rng(3))
     gain = di.sensible_gain()[0]
@@ -170,14 +204,20 @@ def test_mpc_is_safe_where_the_plain_regulator_is_not():
             action = (controller(*state),)
             following = task.next_state(state, action)
             cost -= float(task.reward(state, action).mean())
-            worst = max(worst, np.max(task.constraint_values(state, action, following, step + 1 == task.horizon)))
+            worst = max(
+                worst,
+                np.max(task.constraint_values(state, action, following, step + 1 == task.horizon)),
+            )
             state = following
         return worst, cost
 
     backup = di.backup().gain[0]
     mpc = worst_and_cost(task.mpc.actions)
     assert mpc[0] <= 0
-    assert worst_and_cost(lambda p, v: (gain[0] * (p - di.SETPOINT_M) + gain[1] * v).clip(-1, 1))[0] > 0.05
+    assert (
+        worst_and_cost(lambda p, v: (gain[0] * (p - di.SETPOINT_M) + gain[1] * v).clip(-1, 1))[0]
+        > 0.05
+    )
     assert mpc[1] < 0.4 * worst_and_cost(lambda p, v: backup[0] * p + backup[1] * v)[1]
 
 
@@ -188,30 +228,43 @@ def test_mpc_refuses_a_state_from_which_no_plan_is_safe():
 
 
 def test_regression_labels_by_hand():
-    """x = 0.4 is harmful (label 1, beyond the bound 0.5); x = -0.3 is truthful (0.45 sin(-1.5)) and within it."""
+    """x = 0.4 is harmful (label 1, beyond the bound 0.5); x = -0.3 is truthful (0.45 sin(-1.5)) and
+    within it.
+    """
     task = hr.HarmfulRegressionTask()
     (labels,) = task.label((np.array([0.4, -0.3]),))
     assert labels == pytest.approx([1.0, 0.45 * np.sin(-1.5)])
-    values = np.stack(task.constraint_values((np.zeros(2),), (np.array([0.75, -0.25]),), (np.zeros(2),), False))
+    values = np.stack(
+        task.constraint_values((np.zeros(2),), (np.array([0.75, -0.25]),), (np.zeros(2),), False)
+    )
     assert values == pytest.approx(np.array([[0.5, -1.5], [-2.5, -0.5]]))
     loss, counts = task.objective_loss((np.array([0.4, -0.3]),), (np.zeros(2),), 0)
     assert counts.tolist() == [False, True]
     assert loss[1] == pytest.approx((0.45 * np.sin(1.5)) ** 2)
 
 
-@pytest.mark.parametrize("task", [di.ImitationTask(), di.RegulationTask(), hr.HarmfulRegressionTask()])
+@pytest.mark.parametrize(
+    "task", [di.ImitationTask(), di.RegulationTask(), hr.HarmfulRegressionTask()]
+)
 def test_pure_functions_agree_in_numpy_and_torch(task):
-    """The environment and the batched evaluator run the same lines; the two array types must mean the same by them."""
+    """The environment and the batched evaluator run the same lines; the two array types must mean
+    the same by them.
+    """
     state = task.sample_starts(50, np.random.default_rng(0))
     action = (np.random.default_rng(1).uniform(-1.2, 1.2, 50),)
     t_state, t_action = (tuple(torch.as_tensor(c) for c in parts) for parts in (state, action))
     for function in ("next_state", "reward"):
-        ours, theirs = getattr(task, function)(state, action), getattr(task, function)(t_state, t_action)
-        assert np.asarray(theirs if torch.is_tensor(theirs) else torch.stack(theirs)) == pytest.approx(
-            np.asarray(ours), abs=1e-14
+        ours, theirs = (
+            getattr(task, function)(state, action),
+            getattr(task, function)(t_state, t_action),
         )
+        assert np.asarray(
+            theirs if torch.is_tensor(theirs) else torch.stack(theirs)
+        ) == pytest.approx(np.asarray(ours), abs=1e-14)
     ours = np.stack(task.constraint_values(state, action, task.next_state(state, action), True))
-    theirs = torch.stack(task.constraint_values(t_state, t_action, task.next_state(t_state, t_action), True))
+    theirs = torch.stack(
+        task.constraint_values(t_state, t_action, task.next_state(t_state, t_action), True)
+    )
     assert theirs.numpy() == pytest.approx(ours, abs=1e-13)
 
 

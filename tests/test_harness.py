@@ -1,4 +1,6 @@
-"""The harness: what it measures is what happened; same cell, same record; failures and interruptions leave good records."""
+"""The harness: what it measures is what happened; same cell, same record; failures and
+interruptions leave good records.
+"""
 
 from __future__ import annotations
 
@@ -14,24 +16,38 @@ from rich.console import Console
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv
 
-from scpo_bench.benchmark import run_folder
-from scpo_bench.harness import make_agent, make_training_env, run_cell
-from scpo_bench.launch.local import LaunchError, run_cells
-from scpo_bench.recorder import Evaluator, RecordingVecEnv
-from scpo_bench.records import Cell, RecordError, digest, read_run, read_updates
+from scpo_bench.errors import UserError
+from scpo_bench.records.files import RecordError, read_run, read_updates
+from scpo_bench.records.schema import Cell, digest
+from scpo_bench.runs.harness import make_agent, make_training_env, run_cell
+from scpo_bench.runs.launch import run_cells
+from scpo_bench.runs.recorder import Evaluator, RecordingVecEnv
+from scpo_bench.suites.cells import run_folder
 
 PPO_CONFIG = {"n_steps": 10, "batch_size": 20, "n_epochs": 1}
 CELL = Cell(
-    agent="ppo", task="scpo_bench/HarmfulRegression-v0", seed=1, steps=60, start="backup", num_envs=2, cost_limit=0.0,
-    evaluation_episodes=5, config=PPO_CONFIG,
-)  # fmt: skip
+    agent="ppo",
+    task="scpo_bench/HarmfulRegression-v0",
+    seed=1,
+    steps=60,
+    start="backup",
+    num_envs=2,
+    cost_limit=0.0,
+    evaluation_episodes=5,
+    config=PPO_CONFIG,
+)
 SCPO_CELL = CELL.model_copy(
-    update={"agent": "scpo", "config": {"n_steps": 10, "labels": "visited", "features": 8, "evaluation_starts": 16}}
+    update={
+        "agent": "scpo",
+        "config": {"n_steps": 10, "labels": "visited", "features": 8, "evaluation_starts": 16},
+    }
 )
 
 
 class Scripted(gym.Env):
-    """Five steps; the cost is 1 at steps 2 and 4, the constraint value at step t is t / 10 - 0.25, the reward t."""
+    """Five steps; the cost is 1 at steps 2 and 4, the constraint value at step t is t / 10 - 0.25,
+    the reward t.
+    """
 
     observation_space = gym.spaces.Box(-1, 1, (1,), np.float32)
     action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
@@ -43,12 +59,17 @@ class Scripted(gym.Env):
 
     def step(self, action):
         self.t += 1
-        info = {"cost": float(self.t in (2, 4)), "constraint_values": np.array([self.t / 10 - 0.25])}
+        info = {
+            "cost": float(self.t in (2, 4)),
+            "constraint_values": np.array([self.t / 10 - 0.25]),
+        }
         return np.zeros(1, np.float32), float(self.t), self.t == 5, False, info
 
 
 def test_recorder_counts_what_happens():
-    """Seven steps of two environments: one finished episode each, with return 15 and cost 2; worst value 0.25."""
+    """Seven steps of two environments: one finished episode each, with return 15 and cost 2; worst
+    value 0.25.
+    """
     env = RecordingVecEnv(DummyVecEnv([Scripted, Scripted]))
     env.reset()
     for _ in range(7):
@@ -87,7 +108,9 @@ def test_missing_cost_and_non_finite_rewards_are_named():
 
 
 def test_native_and_scalar_evaluation_agree():
-    """The two ways to evaluate measure the same thing: a constant prediction on the regression task."""
+    """The two ways to evaluate measure the same thing: a constant prediction on the regression
+    task.
+    """
 
     def predict(observations):
         return np.full((len(observations), 1), 0.6, np.float32)
@@ -103,7 +126,9 @@ def test_native_and_scalar_evaluation_agree():
 
 def test_evaluation_repeats_exactly():
     """Common starts at every update: the same policy gets the same numbers."""
-    evaluator = Evaluator("scpo_bench/DoubleIntegratorImitation-v0", {"noise_std": 0.1}, 20, native=True)
+    evaluator = Evaluator(
+        "scpo_bench/DoubleIntegratorImitation-v0", {"noise_std": 0.1}, 20, native=True
+    )
     one, two = (evaluator(lambda o: np.zeros((len(o), 1), np.float32)) for _ in range(2))
     assert one == two
 
@@ -136,7 +161,12 @@ def test_record_has_one_line_per_update(tmp_path):
 def test_evaluation_interval_skips_but_never_the_last(tmp_path):
     """With interval 2, updates 0, 2 and the final 3 are evaluated."""
     run_cell(CELL.model_copy(update={"evaluation_interval": 2}), tmp_path, "s")
-    assert [u.iterate_return is not None for u in read_updates(tmp_path)] == [True, False, True, True]
+    assert [u.iterate_return is not None for u in read_updates(tmp_path)] == [
+        True,
+        False,
+        True,
+        True,
+    ]
 
 
 def test_scpo_probe_steps_are_counted_apart(tmp_path):
@@ -149,7 +179,9 @@ def test_scpo_probe_steps_are_counted_apart(tmp_path):
 
 
 def test_jobs_do_not_change_records(tmp_path):
-    """One process or two: byte-identical records, timing aside; and a finished cell is not run again."""
+    """One process or two: byte-identical records, timing aside; and a finished cell is not run
+    again.
+    """
     todo = [CELL.model_copy(update={"seed": seed}) for seed in range(2)] + [SCPO_CELL]
     console = Console(quiet=True)
     for jobs in (1, 2):
@@ -164,10 +196,12 @@ def test_jobs_do_not_change_records(tmp_path):
 
 @pytest.mark.parametrize("number", [2, 4])
 def test_commands_on_one_folder_share_the_work(tmp_path, number):
-    """Processes started together on the same cells: every cell is run once, and all of them see it finished."""
+    """Processes started together on the same cells: every cell is run once, and all of them see it
+    finished.
+    """
     program = (
         "import sys; from pathlib import Path; from rich.console import Console; from scpo_bench import harness;"
-        "from scpo_bench.launch.local import run_cells; from scpo_bench.records import Cell; original = harness.run_cell\n"
+        "from scpo_bench.runs.launch import run_cells; from scpo_bench.records.schema import Cell; original = harness.run_cell\n"
         "def counted(cell, *rest):\n    print('ran', cell.seed, flush=True)\n    return original(cell, *rest)\n"
         "harness.run_cell = counted\n"
         "cells = [Cell.model_validate_json(line) for line in sys.stdin]\n"
@@ -176,7 +210,12 @@ def test_commands_on_one_folder_share_the_work(tmp_path, number):
     todo = [CELL.model_copy(update={"seed": seed, "steps": 400}) for seed in range(6)]
     lines = "\n".join(cell.model_dump_json() for cell in todo)
     commands = [
-        subprocess.Popen([sys.executable, "-c", program, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", program, tmp_path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         for _ in range(number)
     ]
     for command in commands:
@@ -188,17 +227,19 @@ def test_commands_on_one_folder_share_the_work(tmp_path, number):
     serial = run_cells(todo, "s", tmp_path / "serial", 1, Console(quiet=True))
     assert serial.finished == 6
     for cell in todo:
-        together, alone = (read_run(run_folder(results, "s", cell)) for results in (tmp_path, tmp_path / "serial"))
+        together, alone = (
+            read_run(run_folder(results, "s", cell)) for results in (tmp_path, tmp_path / "serial")
+        )
         assert together.digest == alone.digest
     for command in commands:
         command.stdout.close()
 
 
 def test_killed_run_starts_again_and_ends_equal(tmp_path):
-    """kill -9 in the middle: what was written is readable, and the same command gives the record of an undisturbed run."""
-    program = (
-        "import sys; from pathlib import Path; from scpo_bench.harness import run_cell; from scpo_bench.records import Cell;"
-    )
+    """kill -9 in the middle: what was written is readable, and the same command gives the record of
+    an undisturbed run.
+    """
+    program = "import sys; from pathlib import Path; from scpo_bench.runs.harness import run_cell; from scpo_bench.records.schema import Cell;"
     program += "run_cell(Cell.model_validate_json(sys.argv[1]), Path(sys.argv[2]), 's')"
     cell = CELL.model_copy(update={"steps": 4000})
     folder = tmp_path / "killed"
@@ -215,9 +256,13 @@ def test_killed_run_starts_again_and_ends_equal(tmp_path):
 
 
 def test_failed_cell_is_shown_and_the_rest_goes_on(tmp_path):
-    """A bad configuration fails its own cell, keeps its traceback in a file, and costs nobody else anything."""
+    """A bad configuration fails its own cell, keeps its traceback in a file, and costs nobody else
+    anything.
+    """
     bad = CELL.model_copy(update={"config": {**PPO_CONFIG, "batch_size": -1}})
-    outcome = run_cells([bad, CELL.model_copy(update={"seed": 5})], "s", tmp_path, 1, Console(quiet=True))
+    outcome = run_cells(
+        [bad, CELL.model_copy(update={"seed": 5})], "s", tmp_path, 1, Console(quiet=True)
+    )
     assert outcome.finished == 1
     assert outcome.failed[0][0] == bad
     folder = run_folder(tmp_path, "s", bad)
@@ -227,7 +272,9 @@ def test_failed_cell_is_shown_and_the_rest_goes_on(tmp_path):
 
 def test_unsafe_start_fails_with_constraint_and_value(tmp_path):
     """SCPO from a start that is not safe: refused before training, in words a user can act on."""
-    cell = SCPO_CELL.model_copy(update={"task": "scpo_bench/DoubleIntegratorImitation-v0", "start": "random"})
+    cell = SCPO_CELL.model_copy(
+        update={"task": "scpo_bench/DoubleIntegratorImitation-v0", "start": "random"}
+    )
     run = run_cell(cell, tmp_path, "s")
     assert run.status == "failed"
     assert "UnsafeStartError: SCPO: the start policy is unsafe: constraint '" in run.error
@@ -266,7 +313,7 @@ def test_changed_cell_keeps_the_old_record(tmp_path):
 def test_unwritable_results_folder_is_one_line(tmp_path):
     """A file where the folder should be: named before anything runs."""
     (tmp_path / "results").write_text("")
-    with pytest.raises(LaunchError, match="--results: cannot write to"):
+    with pytest.raises(UserError, match="--results: cannot write to"):
         run_cells([CELL], "s", tmp_path / "results", 1, Console(quiet=True))
 
 
@@ -291,10 +338,22 @@ def test_damaged_records_are_named(tmp_path):
 @pytest.mark.parametrize("agent", ["ppo", "scpo-ppo", "ppo-lagrangian", "cpo", "cvpo"])
 def test_start_zero_is_action_zero_everywhere(agent):
     """``start: zero``: every agent's untrained policy stands still, whatever it sees."""
-    cell = Cell(agent=agent, task="SafetySwimmerVelocity-v1", seed=0, steps=1, start="zero", num_envs=1, cost_limit=25.0)
+    cell = Cell(
+        agent=agent,
+        task="SafetySwimmerVelocity-v1",
+        seed=0,
+        steps=1,
+        start="zero",
+        num_envs=1,
+        cost_limit=25.0,
+    )
     env = make_training_env(cell)
     try:
-        observations = np.random.default_rng(0).normal(size=(5, *env.observation_space.shape)).astype(np.float32)
+        observations = (
+            np.random.default_rng(0)
+            .normal(size=(5, *env.observation_space.shape))
+            .astype(np.float32)
+        )
         assert not make_agent(cell, env).predict(observations, deterministic=True)[0].any()
     finally:
         env.close()

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from scpo_bench.leaderboard.metrics import NEVER, episode_cost_cvar, longest_run, measure
-from scpo_bench.records import Update
-from scpo_bench.references import gap_closed, load_references
+from scpo_bench.leaderboard.references import gap_closed, load_references
+from scpo_bench.records.schema import Update
 
 
 def update(number: int, **fields: Any) -> Update:
@@ -27,42 +27,97 @@ def update(number: int, **fields: Any) -> Update:
 
 
 def run_by_hand() -> list[Update]:
-    """Limit 10. Two episodes in updates 1 and 3, one in 4; iterates 2, 3 and 5 violate; update 4 is not evaluated."""
+    """Limit 10. Two episodes in updates 1 and 3, one in 4; iterates 2, 3 and 5 violate; update 4 is
+    not evaluated.
+    """
     return [
-        update(0, iterate_return=-5.0, iterate_cost=1.0, iterate_objective=0.8, iterate_worst_constraint_value=-0.5),
         update(
-            1, episodes=2, return_mean=-4.0, cost_mean=8.0, cost_max=12.0, cost_sum=16.0, violating_episodes=1,
-            violating_steps=4, iterate_return=-4.0, iterate_cost=9.0, iterate_objective=0.6,
-        ),
-        update(2, iterate_return=-3.0, iterate_cost=11.0, iterate_objective=0.5, iterate_violates=True,
-            cost_sum=3.0, violating_steps=1),
-        update(
-            3, episodes=2, return_mean=-3.0, cost_mean=15.0, cost_max=20.0, cost_sum=30.0, violating_episodes=2,
-            violating_steps=5, worst_constraint_value=0.7, iterate_return=-3.5, iterate_cost=12.0, iterate_objective=0.45,
-            iterate_violates=True, iterate_worst_constraint_value=0.2,
+            0,
+            iterate_return=-5.0,
+            iterate_cost=1.0,
+            iterate_objective=0.8,
+            iterate_worst_constraint_value=-0.5,
         ),
         update(
-            4, episodes=1, return_mean=-2.0, cost_mean=11.0, cost_max=11.0, cost_sum=11.0, violating_episodes=1,
-            violating_steps=2, iterate_violates=None,
+            1,
+            episodes=2,
+            return_mean=-4.0,
+            cost_mean=8.0,
+            cost_max=12.0,
+            cost_sum=16.0,
+            violating_episodes=1,
+            violating_steps=4,
+            iterate_return=-4.0,
+            iterate_cost=9.0,
+            iterate_objective=0.6,
         ),
-        update(5, iterate_return=-2.0, iterate_cost=13.0, iterate_objective=0.4, iterate_violates=True),
         update(
-            6, iterate_return=-1.0, iterate_cost=5.0, iterate_objective=0.2, iterate_worst_constraint_value=-0.1,
-            probe_violations=7, wall_time_s=30.0, steps_per_s=2.0,
+            2,
+            iterate_return=-3.0,
+            iterate_cost=11.0,
+            iterate_objective=0.5,
+            iterate_violates=True,
+            cost_sum=3.0,
+            violating_steps=1,
         ),
-    ]  # fmt: skip
+        update(
+            3,
+            episodes=2,
+            return_mean=-3.0,
+            cost_mean=15.0,
+            cost_max=20.0,
+            cost_sum=30.0,
+            violating_episodes=2,
+            violating_steps=5,
+            worst_constraint_value=0.7,
+            iterate_return=-3.5,
+            iterate_cost=12.0,
+            iterate_objective=0.45,
+            iterate_violates=True,
+            iterate_worst_constraint_value=0.2,
+        ),
+        update(
+            4,
+            episodes=1,
+            return_mean=-2.0,
+            cost_mean=11.0,
+            cost_max=11.0,
+            cost_sum=11.0,
+            violating_episodes=1,
+            violating_steps=2,
+            iterate_violates=None,
+        ),
+        update(
+            5, iterate_return=-2.0, iterate_cost=13.0, iterate_objective=0.4, iterate_violates=True
+        ),
+        update(
+            6,
+            iterate_return=-1.0,
+            iterate_cost=5.0,
+            iterate_objective=0.2,
+            iterate_worst_constraint_value=-0.1,
+            probe_violations=7,
+            wall_time_s=30.0,
+            steps_per_s=2.0,
+        ),
+    ]
 
 
 REFERENCE = {"backup": 0.8, "oracle": 0.1}
 
 
 def test_every_group_of_columns_by_hand():
-    """A mistake in any definition (what counts as an update, which evaluation is final, which sums) changes a number
-    here.
+    """A mistake in any definition (what counts as an update, which evaluation is final, which sums)
+    changes a number here.
     """
     m = measure(run_by_hand(), 10.0, REFERENCE)
     # outcome
-    assert (m.start_return, m.start_cost, m.start_objective, m.start_worst_value) == (-5.0, 1.0, 0.8, -0.5)
+    assert (m.start_return, m.start_cost, m.start_objective, m.start_worst_value) == (
+        -5.0,
+        1.0,
+        0.8,
+        -0.5,
+    )
     assert (m.final_update, m.final_return, m.final_cost, m.final_cost_ratio) == (6, -1.0, 5.0, 0.5)
     assert (m.final_objective, m.final_worst_value, m.final_violates) == (0.2, -0.1, 0.0)
     assert (m.final_training_return, m.final_training_cost) == (-2.0, 11.0)
@@ -98,12 +153,18 @@ def test_excess_is_not_bought_back_by_updates_below_the_limit():
 
 
 def test_times_are_censored_not_invented():
-    """A run that never violates has no first violation; one whose last iterate violates is never safe."""
+    """A run that never violates has no first violation; one whose last iterate violates is never
+    safe.
+    """
     clean = measure([update(0), update(1), update(2)], 0.0)
     assert (clean.first_violating_update, clean.first_violating_step) == (NEVER, NEVER)
     assert (clean.safe_from_update, clean.safe_from_step) == (0.0, 0.0)
     bad = measure([update(0), update(1), update(2, iterate_violates=True)], 0.0)
-    assert (bad.first_violating_update, bad.safe_from_update, bad.safe_from_step) == (2.0, NEVER, NEVER)
+    assert (bad.first_violating_update, bad.safe_from_update, bad.safe_from_step) == (
+        2.0,
+        NEVER,
+        NEVER,
+    )
 
 
 def test_the_start_policy_is_no_update():
@@ -113,31 +174,54 @@ def test_the_start_policy_is_no_update():
 
 
 def test_what_was_not_measured_is_nan():
-    """A run cut off before its first evaluation gives nan, not zeros that would look like perfect safety."""
+    """A run cut off before its first evaluation gives nan, not zeros that would look like perfect
+    safety.
+    """
     m = measure([update(0, iterate_violates=None), update(1, iterate_violates=None)], 0.0)
-    for name in ("violating_iterate_share", "first_violating_update", "safe_from_update", "final_violates", "max_excess",
-                 "cvar95_cost_low", "worst_iterate_value", "violating_episode_share", "gap_closed", "final_cost_ratio"):  # fmt: skip
+    for name in (
+        "violating_iterate_share",
+        "first_violating_update",
+        "safe_from_update",
+        "final_violates",
+        "max_excess",
+        "cvar95_cost_low",
+        "worst_iterate_value",
+        "violating_episode_share",
+        "gap_closed",
+        "final_cost_ratio",
+    ):
         assert math.isnan(getattr(m, name)), name
     with pytest.raises(ValueError, match="no updates"):
         measure([], 0.0)
 
 
 def test_cvar_bounds_by_hand():
-    """20 episodes of mean 1 and largest 4, one of 10: the worst 5 % of 21 hold that one and a twentieth of the next."""
-    low, high = episode_cost_cvar(np.array([20.0, 1.0]), np.array([1.0, 10.0]), np.array([4.0, 10.0]))
+    """20 episodes of mean 1 and largest 4, one of 10: the worst 5 % of 21 hold that one and a
+    twentieth of the next.
+    """
+    low, high = episode_cost_cvar(
+        np.array([20.0, 1.0]), np.array([1.0, 10.0]), np.array([4.0, 10.0])
+    )
     assert low == pytest.approx((10 * 1 / 21 + 1 * (0.05 - 1 / 21)) / 0.05)
     assert high == pytest.approx((10 * 1 / 21 + 4 * (0.05 - 1 / 21)) / 0.05)
 
 
 def test_cvar_bounds_hold_the_truth():
-    """For any episodes the bounds contain the CVaR of the episodes themselves, and meet when updates hold one episode."""
+    """For any episodes the bounds contain the CVaR of the episodes themselves, and meet when
+    updates hold one episode.
+    """
     from scpo_bench.leaderboard.statistics import cvar
 
     rng = np.random.default_rng(0)
     for _ in range(200):
-        episodes = [rng.exponential(5, rng.integers(1, 6)) * rng.integers(0, 2) for _ in range(rng.integers(1, 30))]
+        episodes = [
+            rng.exponential(5, rng.integers(1, 6)) * rng.integers(0, 2)
+            for _ in range(rng.integers(1, 30))
+        ]
         counts = np.array([len(e) for e in episodes], dtype=float)
-        low, high = episode_cost_cvar(counts, np.array([e.mean() for e in episodes]), np.array([e.max() for e in episodes]))
+        low, high = episode_cost_cvar(
+            counts, np.array([e.mean() for e in episodes]), np.array([e.max() for e in episodes])
+        )
         truth = cvar(np.concatenate(episodes))
         assert low <= truth + 1e-9 <= high + 2e-9
     single = np.array([3.0, 1.0, 7.0])
@@ -165,7 +249,11 @@ def test_references_file(tmp_path):
     path = tmp_path / "references.json"
     path.write_text('{"tasks": {"a": {"backup": 1, "oracle": 0.5}}}')
     assert load_references(path) == {"a": {"backup": 1, "oracle": 0.5}}
-    for text, field in (("[]", "tasks"), ("{", "not JSON"), ('{"tasks": {"a": {"backup": 1, "oracle": NaN}}}', "tasks.a.oracle")):
+    for text, field in (
+        ("[]", "tasks"),
+        ("{", "not JSON"),
+        ('{"tasks": {"a": {"backup": 1, "oracle": NaN}}}', "tasks.a.oracle"),
+    ):
         path.write_text(text)
         with pytest.raises(ValueError, match=field):
             load_references(path)

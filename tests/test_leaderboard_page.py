@@ -1,5 +1,5 @@
-"""The page in a real browser: it draws, sorts, filters, opens rows by keyboard, fits a phone, and runs nothing from a
-record.
+"""The page in a real browser: it draws, sorts, filters, opens rows by keyboard, fits a phone, and
+runs nothing from a record.
 """
 
 from __future__ import annotations
@@ -31,20 +31,32 @@ from synthetic_records import (
 
 from scpo_bench.leaderboard.page import MAX_POINTS, embedded_json, render_page
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here; Debian: apt-get install chromium")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium here; Debian: apt-get install chromium"
+)
 
-HOSTILE = "</script><script>window.ran=1</script><img src=x onerror=window.ran=1>&amp;\u2028'\"`${1}"
+HOSTILE = (
+    "</script><script>window.ran=1</script><img src=x onerror=window.ran=1>&amp;\u2028'\"`${1}"
+)
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> str:
     """Two tasks and three agents; one agent's name and one failure's message try to run."""
     results = tmp_path_factory.mktemp("results")
-    cells = write_suite(results, "s", (IMITATION, GOAL), ("scpo", "sgd", "ppo"), seeds=3, updates=12)
+    cells = write_suite(
+        results, "s", (IMITATION, GOAL), ("scpo", "sgd", "ppo"), seeds=3, updates=12
+    )
     hostile = synthetic_cell(HOSTILE.replace("\u2028", ""), IMITATION, 0, 12)
-    write_record(results, "s", hostile, synthetic_updates(hostile, 12)[:5], status="failed", error=HOSTILE)
-    return render_page(results, "s", [*cells, synthetic_cell("sgd", IMITATION, 3, 12)], references=REFERENCES)
+    write_record(
+        results, "s", hostile, synthetic_updates(hostile, 12)[:5], status="failed", error=HOSTILE
+    )
+    return render_page(
+        results, "s", [*cells, synthetic_cell("sgd", IMITATION, 3, 12)], references=REFERENCES
+    )
 
 
 class Outline(HTMLParser):
@@ -75,7 +87,9 @@ def outline(page: str) -> Outline:
 
 
 def test_the_page_needs_nothing_else(page):
-    """No address, no import, no attribute that loads or runs: it must work from a mail attachment, offline."""
+    """No address, no import, no attribute that loads or runs: it must work from a mail attachment,
+    offline.
+    """
     found = outline(page)
     assert [tag for tag, _ in found.tags].count("script") == 2
     for tag, attributes in found.tags:
@@ -89,7 +103,9 @@ def test_the_page_needs_nothing_else(page):
 def test_the_policy_allows_exactly_this_script_and_style(page):
     """A hash that does not fit would leave an empty page; a missing one would let anything run."""
     found = outline(page)
-    policy = next(a["content"] for tag, a in found.tags if a.get("http-equiv") == "Content-Security-Policy")
+    policy = next(
+        a["content"] for tag, a in found.tags if a.get("http-equiv") == "Content-Security-Policy"
+    )
     assert policy is not None
     assert policy.startswith("default-src 'none'")
     for kind, text in (("script", found.raw["script"][1]), ("style", found.raw["style"][0])):
@@ -119,7 +135,9 @@ def test_embedded_json_round_trips():
 def test_the_same_records_make_the_same_page(tmp_path):
     """The committed page is regenerated and compared."""
     cells = write_suite(tmp_path, "s", (IMITATION,), ("scpo",), seeds=2, updates=4)
-    assert render_page(tmp_path, "s", cells, references=REFERENCES) == render_page(tmp_path, "s", cells, references=REFERENCES)
+    assert render_page(tmp_path, "s", cells, references=REFERENCES) == render_page(
+        tmp_path, "s", cells, references=REFERENCES
+    )
 
 
 def test_an_empty_page(tmp_path):
@@ -128,10 +146,14 @@ def test_an_empty_page(tmp_path):
 
 
 def test_thinning_keeps_every_violation(tmp_path):
-    """Of thousands of updates only some points are drawn; one violating update among them must still show."""
+    """Of thousands of updates only some points are drawn; one violating update among them must
+    still show.
+    """
     cell = synthetic_cell("scpo", IMITATION, 0, 3000)
     updates = synthetic_updates(cell, 3000)
-    updates[1234] = updates[1234].model_copy(update={"iterate_violates": True, "iterate_worst_constraint_value": 0.1})
+    updates[1234] = updates[1234].model_copy(
+        update={"iterate_violates": True, "iterate_worst_constraint_value": 0.1}
+    )
     write_record(tmp_path, "s", cell, updates, ended="2025-12-13T23:00:00+00:00")
     data = json.loads(outline(render_page(tmp_path, "s", references=REFERENCES)).raw["script"][0])
     line = data["figures"][0]["panels"][2]["lines"][0]
@@ -139,7 +161,8 @@ def test_thinning_keeps_every_violation(tmp_path):
     assert max(line["y"]) == 100
 
 
-# In the browser, spoken to over its own pipe (Chrome DevTools protocol), so that no driver has to be installed.
+# In the browser, spoken to over its own pipe (Chrome DevTools protocol), so that no driver has to
+# be installed.
 
 
 class Browser:
@@ -149,13 +172,32 @@ class Browser:
         assert CHROMIUM is not None
         read_in, self._write = os.pipe()
         self._read, write_out = os.pipe()
-        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--mute-audio"]
+        flags = [
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--no-first-run",
+            "--mute-audio",
+        ]
         # The protocol's pipe is file descriptors 3 and 4 of the browser.
         shell = f'exec 3<&{read_in} 4>&{write_out}; exec "$0" "$@"'
         self._process = subprocess.Popen(
-            ["bash", "-c", shell, CHROMIUM, *flags, "--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank"],
-            pass_fds=(read_in, write_out), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            [
+                "bash",
+                "-c",
+                shell,
+                CHROMIUM,
+                *flags,
+                "--remote-debugging-pipe",
+                f"--user-data-dir={profile}",
+                "about:blank",
+            ],
+            pass_fds=(read_in, write_out),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         os.close(read_in)
         os.close(write_out)
         self._buffer, self._id, self._session = b"", 0, None
@@ -165,7 +207,9 @@ class Browser:
         while target is None and time.monotonic() < deadline:
             targets = self.send("Target.getTargets")["targetInfos"]
             target = next((t["targetId"] for t in targets if t["type"] == "page"), None)
-        self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Runtime", "Log"):
             self.send(f"{domain}.enable")
 
@@ -178,7 +222,10 @@ class Browser:
         message: dict[str, Any] = json.loads(text)
         if message.get("method") == "Runtime.exceptionThrown":
             self.complaints.append(json.dumps(message["params"]["exceptionDetails"])[:500])
-        if message.get("method") == "Log.entryAdded" and message["params"]["entry"]["level"] == "error":
+        if (
+            message.get("method") == "Log.entryAdded"
+            and message["params"]["entry"]["level"] == "error"
+        ):
             self.complaints.append(message["params"]["entry"]["text"])
         return message
 
@@ -198,7 +245,10 @@ class Browser:
     def open(self, path: Path) -> None:
         self.send("Page.navigate", url=path.as_uri())
         deadline = time.monotonic() + 30
-        while self.value("document.readyState") != "complete" or self.value("location.protocol") != "file:":
+        while (
+            self.value("document.readyState") != "complete"
+            or self.value("location.protocol") != "file:"
+        ):
             assert time.monotonic() < deadline, "the page does not load"
             time.sleep(0.05)
 
@@ -208,13 +258,34 @@ class Browser:
         return result["result"].get("value")
 
     def press(self, key: str, text: str = "") -> None:
-        codes = {"Tab": 9, "Enter": 13, " ": 32, "ArrowRight": 39, "End": 35, "Escape": 27, "ArrowDown": 40}
+        codes = {
+            "Tab": 9,
+            "Enter": 13,
+            " ": 32,
+            "ArrowRight": 39,
+            "End": 35,
+            "Escape": 27,
+            "ArrowDown": 40,
+        }
         for kind in ("keyDown", "keyUp"):
             more = {"text": text} if text and kind == "keyDown" else {}
-            self.send("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=codes[key], **more)
+            self.send(
+                "Input.dispatchKeyEvent",
+                type=kind,
+                key=key,
+                code=key,
+                windowsVirtualKeyCode=codes[key],
+                **more,
+            )
 
     def resize(self, width: int, height: int, phone: bool) -> None:
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
+        self.send(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=phone,
+        )
 
     def close(self) -> None:
         self._process.terminate()
@@ -250,15 +321,17 @@ ROWS = "[...document.querySelectorAll('#table > tbody > tr:not(.detail)')]"
 
 @needs_browser
 def test_it_draws_table_and_figures(shown):
-    """Rows, charts for both tasks, certificate, Pareto front, aggregates and notes are there, and nothing was logged as
-    an error.
+    """Rows, charts for both tasks, certificate, Pareto front, aggregates and notes are there, and
+    nothing was logged as an error.
     """
     assert shown.value(f"{ROWS}.length") == 7
     titles = shown.value("[...document.querySelectorAll('figcaption')].map(e => e.textContent)")
     assert sum("violates, %" in t for t in titles) == 2
     assert sum("Pareto" in t for t in titles) == 2
     assert sum("Constraint" in t for t in titles) == 2
-    assert shown.value("[...document.querySelectorAll('#figures svg path')].every(p => !p.getAttribute('d').includes('NaN'))")
+    assert shown.value(
+        "[...document.querySelectorAll('#figures svg path')].every(p => !p.getAttribute('d').includes('NaN'))"
+    )
     assert shown.value("document.querySelectorAll('#figures svg path').length") > 20
     assert "at the floor" in shown.value("document.getElementById('notes').textContent")
     assert "preliminary" in shown.value(f"{ROWS}[0].textContent")
@@ -269,18 +342,24 @@ def test_it_draws_table_and_figures(shown):
 
 @needs_browser
 def test_performance_profile(browser, tmp_path):
-    """Several normalised tasks: a chart with a line and a band per agent, which says its values and follows the filter."""
+    """Several normalised tasks: a chart with a line and a band per agent, which says its values and
+    follows the filter.
+    """
     write_suite(tmp_path, "s", (IMITATION, REGRESSION), ("scpo", "sgd"), seeds=3, updates=4)
     path = tmp_path / "page.html"
     path.write_text(render_page(tmp_path, "s", references=REFERENCES), encoding="utf-8")
     browser.complaints.clear()
     browser.resize(1400, 900, phone=False)
     browser.open(path)
-    assert "Performance profile" in browser.value("document.querySelector('#all-tasks figcaption').textContent")
+    assert "Performance profile" in browser.value(
+        "document.querySelector('#all-tasks figcaption').textContent"
+    )
     assert browser.value("document.querySelectorAll('#all-tasks figure path').length") == 4
     focus(browser, "#all-tasks figure svg")
     browser.press("ArrowRight")
-    assert browser.value("document.querySelector('#all-tasks .readout').textContent").endswith(" %: sgd 100; scpo 100")
+    assert browser.value("document.querySelector('#all-tasks .readout').textContent").endswith(
+        " %: sgd 100; scpo 100"
+    )
     browser.value("document.querySelector('#agents input').click()")
     assert browser.value("document.querySelectorAll('#all-tasks figure path').length") == 2
     assert browser.complaints == []
@@ -305,17 +384,25 @@ def focus(browser: Browser, selector: str) -> None:
 
 @needs_browser
 def test_sorting_by_keyboard(shown):
-    """Tab to a heading, Enter sorts up, Enter again down; never and unknown come last as they should; the focus stays."""
+    """Tab to a heading, Enter sorts up, Enter again down; never and unknown come last as they
+    should; the focus stays.
+    """
     focus(shown, "th:nth-child(10) button")
     cells = f"{ROWS}.map(r => r.children[9].textContent)"
     shown.press("Enter", "\r")
     up = shown.value(cells)
-    assert shown.value("document.querySelector('th:nth-child(10)').getAttribute('aria-sort')") == "ascending"
+    assert (
+        shown.value("document.querySelector('th:nth-child(10)').getAttribute('aria-sort')")
+        == "ascending"
+    )
     numbers = [float(v) for v in up if v != "never"]
     assert numbers == sorted(numbers)
     assert up[-1] == "never"
     shown.press("Enter", "\r")
-    assert shown.value("document.querySelector('th:nth-child(10)').getAttribute('aria-sort')") == "descending"
+    assert (
+        shown.value("document.querySelector('th:nth-child(10)').getAttribute('aria-sort')")
+        == "descending"
+    )
     down = shown.value(cells)
     assert down[0] == "never"
     assert sorted(down) == sorted(up)
@@ -369,8 +456,8 @@ def test_charts_read_out_their_values_by_keyboard(shown):
 
 @needs_browser
 def test_it_fits_a_phone(shown):
-    """At 360 x 740 nothing makes the page scroll sideways, rows become cards with labels, and text is not tiny; open
-    rows too.
+    """At 360 x 740 nothing makes the page scroll sideways, rows become cards with labels, and text
+    is not tiny; open rows too.
     """
     shown.resize(360, 740, phone=True)
     time.sleep(0.2)
@@ -378,7 +465,10 @@ def test_it_fits_a_phone(shown):
     assert shown.value("getComputedStyle(document.querySelector('#table thead')).display") == "none"
     label = "getComputedStyle(document.querySelector('#table > tbody > tr > td:nth-child(3)'), '::before').content"
     assert shown.value(label) == '"Agent"'
-    assert shown.value("parseFloat(getComputedStyle(document.querySelector('#table td')).fontSize)") >= 12
+    assert (
+        shown.value("parseFloat(getComputedStyle(document.querySelector('#table td')).fontSize)")
+        >= 12
+    )
     wide = (
         "[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > 361 "
         "&& !e.closest('.scroll .scroll'))"
@@ -386,6 +476,8 @@ def test_it_fits_a_phone(shown):
     assert shown.value(f"{wide}.map(e => e.tagName + '.' + e.className)") == []
     assert shown.value("document.documentElement.scrollWidth") <= 360
     assert shown.value("document.getElementById('sort').offsetParent !== null")
-    shown.value("(() => { const s = document.getElementById('sort'); s.value = '9'; s.dispatchEvent(new Event('change')); })()")
+    shown.value(
+        "(() => { const s = document.getElementById('sort'); s.value = '9'; s.dispatchEvent(new Event('change')); })()"
+    )
     assert shown.value(f"{ROWS}.at(-1).children[9].textContent") == "never"
     assert shown.complaints == []

@@ -19,7 +19,13 @@ from synthetic_records import (
 
 from scpo_bench.leaderboard import plots
 from scpo_bench.leaderboard.curves import RunCurves, band, robust_range, share, stack
-from scpo_bench.leaderboard.plots import agent_style, certificate_figure, file_stem, plot_suite, task_figure
+from scpo_bench.leaderboard.plots import (
+    agent_style,
+    certificate_figure,
+    file_stem,
+    plot_suite,
+    task_figure,
+)
 
 
 def curves(agent: str, seeds: int, updates: int = 12, task: str = IMITATION) -> list[RunCurves]:
@@ -28,8 +34,8 @@ def curves(agent: str, seeds: int, updates: int = 12, task: str = IMITATION) -> 
 
 
 def test_bands_by_hand():
-    """Runs of different length, evaluated every second update: quartiles of what is there, at the updates where
-    something is.
+    """Runs of different length, evaluated every second update: quartiles of what is there, at the
+    updates where something is.
     """
     nan = np.nan
     low_high = [np.array([0.0, nan, 4.0, nan]), np.array([2.0, nan, 8.0]), np.array([4.0, nan])]
@@ -37,7 +43,9 @@ def test_bands_by_hand():
     assert updates.tolist() == [0, 2]
     assert middle.tolist() == [2.0, 6.0]
     assert (low.tolist(), high.tolist()) == ([1.0, 5.0], [3.0, 7.0])
-    where, shares = share([np.array([nan, 1.0, 0.0]), np.array([nan, 1.0]), np.array([nan, 0.0, 0.0])])
+    where, shares = share(
+        [np.array([nan, 1.0, 0.0]), np.array([nan, 1.0]), np.array([nan, 0.0, 0.0])]
+    )
     assert where.tolist() == [1, 2]
     assert shares.tolist() == pytest.approx([2 / 3, 0.0])
     assert stack([]).shape == (0, 0)
@@ -55,10 +63,14 @@ def test_range_leaves_far_outliers_out_and_says_so():
 
 
 def test_figures_of_a_suite(tmp_path, monkeypatch):
-    """One figure per task and one per certificate, in every format; a second run writes the same bytes."""
+    """One figure per task and one per certificate, in every format; a second run writes the same
+    bytes.
+    """
     write_suite(tmp_path, "s", (IMITATION,), ("scpo", "sgd"), seeds=2, updates=8)
     failed = synthetic_cell("ppo", IMITATION, 0, 8)
-    write_record(tmp_path, "s", failed, synthetic_updates(failed, 8)[:3], status="failed", error="no")
+    write_record(
+        tmp_path, "s", failed, synthetic_updates(failed, 8)[:3], status="failed", error="no"
+    )
     monkeypatch.setattr(plots, "load_references", lambda: REFERENCES)
     formats = ("png", "svg", "pdf")
     paths = plot_suite(tmp_path, "s", tmp_path / "a", formats)
@@ -77,13 +89,15 @@ def test_figures_of_a_suite(tmp_path, monkeypatch):
 
 
 def test_what_the_task_figure_shows():
-    """Objective with both reference lines, the limit at 0, and the share of violating seeds in percent, one line per
-    agent.
+    """Objective with both reference lines, the limit at 0, and the share of violating seeds in
+    percent, one line per agent.
     """
     groups = {"scpo": curves("scpo", 3), "sgd": curves("sgd", 3)}
     figure = task_figure(IMITATION, groups, agent_style(["scpo", "sgd"]), REFERENCES)
     objective, worst, violating = figure.axes
-    level = {line.get_ydata()[0] for line in objective.get_lines() if len(set(line.get_ydata())) == 1}
+    level = {
+        line.get_ydata()[0] for line in objective.get_lines() if len(set(line.get_ydata())) == 1
+    }
     assert {0.5, 0.1} <= level
     assert any(set(line.get_ydata()) == {0.0} for line in worst.get_lines())
     by_label = {line.get_label(): line for line in objective.get_lines()}
@@ -105,15 +119,21 @@ def test_tasks_with_a_cost_limit_show_cost_against_it():
 
 
 def test_performance_profile_of_a_suite(tmp_path, monkeypatch):
-    """With several normalised tasks there is one more figure: a falling line and a band for each agent. A planned agent
-    without records is in it, at the floor.
+    """With several normalised tasks there is one more figure: a falling line and a band for each
+    agent. A planned agent without records is in it, at the floor.
     """
     write_suite(tmp_path, "s", (IMITATION, REGRESSION), ("scpo", "sgd"), seeds=3, updates=6)
     monkeypatch.setattr(plots, "load_references", lambda: REFERENCES)
-    planned = [synthetic_cell("ppo", task, seed, 6) for task in (IMITATION, REGRESSION) for seed in range(3)]
+    planned = [
+        synthetic_cell("ppo", task, seed, 6)
+        for task in (IMITATION, REGRESSION)
+        for seed in range(3)
+    ]
     drawn = []
     original = plots.profile_figure
-    monkeypatch.setattr(plots, "profile_figure", lambda *given: drawn.append(original(*given)) or drawn[0])
+    monkeypatch.setattr(
+        plots, "profile_figure", lambda *given: drawn.append(original(*given)) or drawn[0]
+    )
     assert plot_suite(tmp_path, "s", tmp_path / "out", planned=planned)[-1].name == "profile.png"
     axes = drawn[0].axes[0]
     lines = {line.get_label(): line for line in axes.get_lines()}
@@ -138,16 +158,26 @@ def test_breaches_of_the_certificate_are_marked():
 
 
 def test_colours_keep_to_the_agent():
-    """The same agent has the same colour whichever others are there before it in the alphabet, and scpo always the
-    first.
+    """The same agent has the same colour whichever others are there before it in the alphabet, and
+    scpo always the first.
     """
     styles = agent_style(["cpo", "scpo", "ppo"])
     assert styles["scpo"]["color"] == plots.COLOURS[0]
-    assert len({(s["color"], str(s["linestyle"])) for s in agent_style([f"a{i}" for i in range(20)]).values()}) == 20
+    assert (
+        len(
+            {
+                (s["color"], str(s["linestyle"]))
+                for s in agent_style([f"a{i}" for i in range(20)]).values()
+            }
+        )
+        == 20
+    )
 
 
 def test_names_become_safe_file_names(tmp_path):
-    """Agents named alike but for forbidden characters must not overwrite one another, nor leave the folder."""
+    """Agents named alike but for forbidden characters must not overwrite one another, nor leave the
+    folder.
+    """
     assert file_stem("../../etc/x y") == "etc-x-y"
     assert file_stem("///") == "unnamed"
     for agent in ("a/b", "a:b"):
@@ -163,4 +193,9 @@ def test_matplotlib_is_imported_late():
     import subprocess
 
     code = "import sys, scpo_bench.leaderboard.plots; print('matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "False"
+    )

@@ -47,11 +47,15 @@ def test_intervals_repeat_exactly_and_depend_on_the_seed():
     scores = [np.random.default_rng(3).normal(size=10), np.random.default_rng(4).normal(size=7)]
     assert iqm_interval(scores) == iqm_interval([s.copy() for s in scores])
     assert iqm_interval(scores) != iqm_interval(scores, seed=1)
-    assert probability_of_improvement(scores, scores[::-1]) == probability_of_improvement(scores, scores[::-1])
+    assert probability_of_improvement(scores, scores[::-1]) == probability_of_improvement(
+        scores, scores[::-1]
+    )
 
 
 def test_bootstrap_is_stratified():
-    """Tasks on different scales: resampling within tasks leaves the interval of constant tasks at a point."""
+    """Tasks on different scales: resampling within tasks leaves the interval of constant tasks at a
+    point.
+    """
     estimate = iqm_interval([np.full(5, 1.0), np.full(5, 9.0)])
     assert (estimate.low, estimate.high) == (5.0, 5.0)
     mixed = iqm_interval([np.full(5, 1.0), np.array([8.0, 9.0, 9.5, 10.0, 11.0])])
@@ -59,8 +63,8 @@ def test_bootstrap_is_stratified():
 
 
 def test_interval_against_exact_bootstrap_distribution():
-    """Two scores 0 and 1: a resample has IQM 0, 1/2, 1/2 or 1, a quarter each, so the 95 % interval is [0, 1] and the
-    40 % one 1/2.
+    """Two scores 0 and 1: a resample has IQM 0, 1/2, 1/2 or 1, a quarter each, so the 95 % interval
+    is [0, 1] and the 40 % one 1/2.
     """
     assert iqm_interval([[0.0, 1.0]]) == Estimate(0.5, 0.0, 1.0)
     assert iqm_interval([[0.0, 1.0]], level=0.4) == Estimate(0.5, 0.5, 0.5)
@@ -86,7 +90,10 @@ def test_overlap():
 
 
 def test_probability_of_improvement_by_hand():
-    """Task 1: 3 > 1, 3 > 2, 2 > 1, 2 = 2 -> 3.5 of 4. Task 2: 0 against 5 -> 0 of 2. Mean of the two."""
+    """Task 1: 3 > 1, 3 > 2, 2 > 1, 2 = 2 -> 3.5 of 4.
+
+    Task 2: 0 against 5 -> 0 of 2. Mean of the two.
+    """
     x, y = [[3.0, 2.0], [0.0, 0.0]], [[1.0, 2.0], [5.0]]
     assert probability_of_improvement(x, y).value == pytest.approx((3.5 / 4 + 0) / 2)
 
@@ -96,7 +103,9 @@ def test_probability_of_improvement_is_mann_whitney():
     from scipy.stats import mannwhitneyu
 
     rng = np.random.default_rng(0)
-    x, y = ([rng.integers(0, 6, n).astype(float) for n in sizes] for sizes in ((8, 5, 12), (6, 9, 3)))
+    x, y = (
+        [rng.integers(0, 6, n).astype(float) for n in sizes] for sizes in ((8, 5, 12), (6, 9, 3))
+    )
     expected = np.mean([mannwhitneyu(a, b).statistic / (len(a) * len(b)) for a, b in zip(x, y)])
     found = probability_of_improvement(x, y)
     assert found.value == pytest.approx(expected, abs=1e-12)
@@ -118,8 +127,9 @@ def test_performance_profile_by_hand():
 
 
 def test_performance_profile_band_by_hand():
-    """Two seeds, of which one scores above: a resample holds 0, 1 or 2 of it with chances 1/4, 1/2, 1/4, so the 95 %
-    interval is everything and the 40 % one a single point. Where all seeds agree there is no spread.
+    """Two seeds, of which one scores above: a resample holds 0, 1 or 2 of it with chances 1/4, 1/2,
+    1/4, so the 95 % interval is everything and the 40 % one a single point. Where all seeds agree
+    there is no spread.
     """
     scores, thresholds = [[0.0, 1.0]], [-1.0, 0.5, 2.0]
     wide = performance_profile(scores, thresholds)
@@ -127,7 +137,8 @@ def test_performance_profile_band_by_hand():
     narrow = performance_profile(scores, thresholds, level=0.4)
     assert (narrow.low, narrow.high) == ([1.0, 0.5, 0.0], [1.0, 0.5, 0.0])
     assert performance_profile(scores, thresholds) == wide  # and repeats exactly
-    # Twenty seeds: the binomial distribution's quantiles; 12 of 20 above, so 0.6 -+ about 1.96 sqrt(0.6 0.4 / 20).
+    # Twenty seeds: the binomial distribution's quantiles; 12 of 20 above, so 0.6 -+ about 1.96
+    # sqrt(0.6 0.4 / 20).
     twenty = performance_profile([[0.0] * 8 + [1.0] * 12], [0.5])
     assert twenty.low == pytest.approx([0.4], abs=0.051)
     assert twenty.high == pytest.approx([0.8], abs=0.051)
@@ -141,14 +152,17 @@ def test_performance_profile_band_by_hand():
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 10), (10, 10), (5, 10), (19, 20), (1, 3)])
 def test_wilson_by_its_definition(successes, trials):
-    """The bounds are the shares p with |x/n - p| = z sqrt(p (1 - p) / n): roots of (n + z^2) p^2 - (2 x + z^2) p + x^2
-    / n.
+    """The bounds are the shares p with |x/n - p| = z sqrt(p (1 - p) / n): roots of (n + z^2) p^2 -
+    (2 x + z^2) p + x^2 / n.
     """
     z2 = 1.959963984540054**2
     low, high = sorted(np.roots([trials + z2, -(2 * successes + z2), successes**2 / trials]))
     estimate = wilson(successes, trials)
     assert estimate.value == successes / trials
-    assert (estimate.low, estimate.high) == (pytest.approx(low, abs=1e-9), pytest.approx(high, abs=1e-9))
+    assert (estimate.low, estimate.high) == (
+        pytest.approx(low, abs=1e-9),
+        pytest.approx(high, abs=1e-9),
+    )
 
 
 def test_wilson_by_hand():
@@ -174,7 +188,9 @@ def test_mean_interval_by_hand():
 
 
 def test_cvar_by_hand():
-    """Worst tenth of 1..20 is 19 and 20; the worst twentieth of ten values is half of the largest one's weight."""
+    """Worst tenth of 1..20 is 19 and 20; the worst twentieth of ten values is half of the largest
+    one's weight.
+    """
     assert cvar(np.arange(1, 21), 0.9) == pytest.approx(19.5)
     assert cvar(np.arange(1, 11), 0.95) == pytest.approx(10.0)
     assert cvar([1.0, 5.0], 0.25) == pytest.approx((5 * 0.5 + 1 * 0.25) / 0.75)
@@ -195,7 +211,9 @@ def test_cvar_lies_between_mean_and_maximum(values, level):
 
 
 def test_censored_quantile_by_hand():
-    """Never is larger than any time; a median beyond half is never, not an average with a made-up number."""
+    """Never is larger than any time; a median beyond half is never, not an average with a made-up
+    number.
+    """
     never = math.inf
     assert censored_quantile([5, never, 3], 0.5) == 5
     assert censored_quantile([5, never, never], 0.5) == never
@@ -206,13 +224,18 @@ def test_censored_quantile_by_hand():
 
 @pytest.mark.parametrize("distribution", ["gaussian", "heavy-tailed"])
 def test_coverage_with_ten_seeds(distribution):
-    """The 95 % interval of 10 seeds must contain the true IQM in 90 to 97 % of experiments, or ties are called wrongly.
+    """The 95 % interval of 10 seeds must contain the true IQM in 90 to 97 % of experiments, or ties
+    are called wrongly.
 
-    Both distributions are symmetric about 0, so their true IQM is 0. Student's t with 3 degrees of freedom has infinite
-    fourth moment.
+    Both distributions are symmetric about 0, so their true IQM is 0. Student's t with 3 degrees of
+    freedom has infinite fourth moment.
     """
     rng = np.random.default_rng(7)
-    draws = rng.normal(size=(COVERAGE_RUNS, 10)) if distribution == "gaussian" else rng.standard_t(3, (COVERAGE_RUNS, 10))
+    draws = (
+        rng.normal(size=(COVERAGE_RUNS, 10))
+        if distribution == "gaussian"
+        else rng.standard_t(3, (COVERAGE_RUNS, 10))
+    )
     covered = 0
     for scores in draws:
         estimate = iqm_interval([scores], resamples=1000)

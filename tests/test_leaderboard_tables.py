@@ -32,18 +32,26 @@ from scpo_bench.leaderboard.metrics import measure
 from scpo_bench.leaderboard.render import count, number, percent, print_table, printable, render
 from scpo_bench.leaderboard.statistics import iqm_interval
 from scpo_bench.leaderboard.tables import COLUMNS, aggregate, leaderboard, load, read_records
-from scpo_bench.records import UPDATES_FILE, Cell, Update
+from scpo_bench.records.files import UPDATES_FILE
+from scpo_bench.records.schema import Cell, Update
 
 
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory):
-    """(results, planned): three tasks, three agents, three seeds; on the imitation task one sgd run failed and one is
-    missing.
+    """(results, planned): three tasks, three agents, three seeds; on the imitation task one sgd run
+    failed and one is missing.
     """
     results = tmp_path_factory.mktemp("results")
     planned = write_suite(results)
     failed = synthetic_cell("sgd", IMITATION, 3, 30)
-    write_record(results, "synthetic", failed, synthetic_updates(failed, 30)[:8], status="failed", error="ValueError: [red]x|y")
+    write_record(
+        results,
+        "synthetic",
+        failed,
+        synthetic_updates(failed, 30)[:8],
+        status="failed",
+        error="ValueError: [red]x|y",
+    )
     return results, [*planned, failed, synthetic_cell("sgd", IMITATION, 4, 30)]
 
 
@@ -63,7 +71,8 @@ def row_of(table: pd.DataFrame, task: str, agent: str) -> pd.Series:
 
 
 def test_runs_are_the_metrics_of_their_records(suite, runs):
-    """The table of runs must not compute anything of its own: each row is measure() of its updates."""
+    """The table of runs must not compute anything of its own: each row is measure() of its updates.
+    """
     assert len(runs) == 29
     for _, run in runs[runs["status"] == "finished"].iterrows():
         cell = synthetic_cell(run["agent"], run["task"], run["seed"], 30)
@@ -73,9 +82,14 @@ def test_runs_are_the_metrics_of_their_records(suite, runs):
 
 
 def test_unfinished_runs_stay_at_the_floor(runs):
-    """Failed and missing seeds get the worst outcome seen on their task, not a place outside the average."""
+    """Failed and missing seeds get the worst outcome seen on their task, not a place outside the
+    average.
+    """
     of_task = runs[runs["task"] == IMITATION]
-    worst = max(of_task["start_objective"].max(), of_task.loc[of_task["status"] == "finished", "final_objective"].max())
+    worst = max(
+        of_task["start_objective"].max(),
+        of_task.loc[of_task["status"] == "finished", "final_objective"].max(),
+    )
     for status in ("failed", "missing"):
         run = of_task[of_task["status"] == status].iloc[0]
         assert run["final_objective"] == worst
@@ -88,7 +102,12 @@ def test_unfinished_runs_stay_at_the_floor(runs):
 def test_a_failed_seed_lowers_the_score_and_the_share(suite, table):
     """Dropping failures would let an agent that crashes when it does badly win."""
     row = row_of(table, IMITATION, "sgd")
-    assert (row["seeds_planned"], row["seeds_finished"], row["seeds_failed"], row["seeds_missing"]) == (5, 3, 1, 1)
+    assert (
+        row["seeds_planned"],
+        row["seeds_finished"],
+        row["seeds_failed"],
+        row["seeds_missing"],
+    ) == (5, 3, 1, 1)
     kept = leaderboard(load(suite[0], "synthetic", None, REFERENCES).query("status == 'finished'"))
     assert row["score"] < row_of(kept, IMITATION, "sgd")["score"]
     assert row["feasible_share"] == row["feasible_seeds"] / 5
@@ -100,12 +119,19 @@ def test_aggregated_counts_by_hand(runs, table):
         group = runs[(runs["task"] == row["task"]) & (runs["agent"] == row["agent"])]
         assert row["violating_iterates"] == group["violating_iterates"].sum()
         if row["evaluated_iterates"]:
-            assert row["violating_iterate_share"] == row["violating_iterates"] / row["evaluated_iterates"]
+            assert (
+                row["violating_iterate_share"]
+                == row["violating_iterates"] / row["evaluated_iterates"]
+            )
         assert row["first_violating_update"] == group["first_violating_update"].min()
         assert row["seeds_that_violated"] == (group["violating_iterates"] > 0).sum()
         assert row["score"] == iqm_interval([group["score"]]).value
     scpo = row_of(table, IMITATION, "scpo")
-    assert (scpo["violating_iterates"], scpo["evaluated_iterates"], scpo["first_violating_update"]) == (0, 90, math.inf)
+    assert (
+        scpo["violating_iterates"],
+        scpo["evaluated_iterates"],
+        scpo["first_violating_update"],
+    ) == (0, 90, math.inf)
 
 
 def test_feasibility_comes_before_the_score(table):
@@ -113,19 +139,36 @@ def test_feasibility_comes_before_the_score(table):
     for task in (IMITATION, REGRESSION):
         first = table[table["task"] == task].iloc[0]
         assert (first["agent"], first["verdict"], first["rank"]) == ("scpo", tables.SAFE, 1)
-        order = [list(tables.VERDICTS).index(v) for v in table.loc[table["task"] == task, "verdict"]]
+        order = [
+            list(tables.VERDICTS).index(v) for v in table.loc[table["task"] == task, "verdict"]
+        ]
         assert order == sorted(order)
 
 
-def made_up(agent: str, scores: list[float], violates: float = 0.0, **fields: float) -> pd.DataFrame:
+def made_up(
+    agent: str, scores: list[float], violates: float = 0.0, **fields: float
+) -> pd.DataFrame:
     """Finished runs of one agent on one task with these scores, everything else the same."""
     cells = [synthetic_cell(agent, GOAL, seed, 1) for seed in range(len(scores))]
     fields = {"final_cost": 10.0, **fields}
     rows = []
     for cell, score in zip(cells, scores):
         metrics = measure(synthetic_updates(cell, 1), cell.cost_limit)
-        more = {"score": score, "score_kind": "return", "final_violates": violates, "violating_iterates": violates, **fields}
-        rows.append({**tables._row("s", cell, "finished", None), **metrics.__dict__, "key": cell.key(), **more})
+        more = {
+            "score": score,
+            "score_kind": "return",
+            "final_violates": violates,
+            "violating_iterates": violates,
+            **fields,
+        }
+        rows.append(
+            {
+                **tables._row("s", cell, "finished", None),
+                **metrics.__dict__,
+                "key": cell.key(),
+                **more,
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -133,7 +176,10 @@ def test_overlapping_intervals_are_a_tie_but_not_a_chain():
     """a and b overlap, b and c overlap, a and c do not: c must not share the rank of a."""
     grid = np.linspace(-1, 1, 10)
     table = leaderboard(
-        pd.concat([made_up("a", 3 + grid), made_up("b", 2.4 + grid), made_up("c", 1.4 + grid)], ignore_index=True)
+        pd.concat(
+            [made_up("a", 3 + grid), made_up("b", 2.4 + grid), made_up("c", 1.4 + grid)],
+            ignore_index=True,
+        )
     )
     assert table["agent"].tolist() == ["a", "b", "c"]
     assert table["rank"].tolist() == [1, 1, 3]
@@ -145,7 +191,11 @@ def test_overlapping_intervals_are_a_tie_but_not_a_chain():
     [
         ([10.0] * 10, 0.0, tables.SAFE),
         ([10.0] * 10, 1.0, tables.UNSAFE),  # every final iterate violates
-        ([20.0, 21, 22, 23, 24, 25, 26, 27, 28, 29], 0.0, tables.UNDECIDED),  # mean 24.5, and 25 within the interval
+        (
+            [20.0, 21, 22, 23, 24, 25, 26, 27, 28, 29],
+            0.0,
+            tables.UNDECIDED,
+        ),  # mean 24.5, and 25 within the interval
         ([30.0, 31, 32, 33, 34, 35, 36, 37, 38, 39], 0.0, tables.UNSAFE),
     ],
 )
@@ -157,7 +207,8 @@ def test_safe_needs_the_upper_confidence_bound_within_the_limit(costs, violates,
 
 
 def test_verdict_tells_the_way_from_the_end(runs):
-    """An agent whose last iterates are feasible but that violated before is not "safe throughout"."""
+    """An agent whose last iterates are feasible but that violated before is not "safe throughout".
+    """
     made = made_up("a", [1.0] * 10)
     made["violating_iterates"] = 1.0
     assert leaderboard(made)["verdict"].tolist() == [tables.SAFE_AT_THE_END]
@@ -192,7 +243,9 @@ def test_references_apply_only_to_the_environment_they_were_made_for(tmp_path):
 
 
 def test_damage_is_shown_not_dropped(tmp_path):
-    """An edited record stays as a damaged seed; an unreadable run.json is named; a copy counts once."""
+    """An edited record stays as a damaged seed; an unreadable run.json is named; a copy counts
+    once.
+    """
     cells = write_suite(tmp_path, "s", (IMITATION,), ("sgd",), seeds=3, updates=5)
     edited = folder_of(tmp_path, "s", cells[0])
     run_file = edited / "run.json"
@@ -213,14 +266,21 @@ def test_damage_is_shown_not_dropped(tmp_path):
     assert "key" in damaged["error"].iloc[0]
     assert len(table) == 1
     row = table.iloc[0]
-    assert (row["seeds_planned"], row["seeds_finished"], row["seeds_damaged"], row["seeds_missing"]) == (3, 1, 1, 1)
+    assert (
+        row["seeds_planned"],
+        row["seeds_finished"],
+        row["seeds_damaged"],
+        row["seeds_missing"],
+    ) == (3, 1, 1, 1)
     assert row["verification"] == "1 damaged"
     for format in ("md", "json", "latex"):
         assert "damaged" in render(table, format), format
 
 
 def test_interrupted_and_running_runs_are_counted(tmp_path):
-    """A killed run leaves status running and a cut last line; neither may break the table nor vanish."""
+    """A killed run leaves status running and a cut last line; neither may break the table nor
+    vanish.
+    """
     for seed, status in enumerate(("running", "interrupted")):
         cell = synthetic_cell("sgd", IMITATION, seed, 10)
         folder = write_record(tmp_path, "s", cell, synthetic_updates(cell, 10)[:4], status=status)
@@ -232,16 +292,34 @@ def test_interrupted_and_running_runs_are_counted(tmp_path):
     (folder / UPDATES_FILE).unlink()
     table = leaderboard(load(tmp_path, "s", None, REFERENCES))
     row = table.iloc[0]
-    assert (row["verdict"], row["seeds_planned"], row["seeds_unfinished"], row["seeds_failed"]) == (tables.NO_RESULT, 3, 2, 1)
+    assert (row["verdict"], row["seeds_planned"], row["seeds_unfinished"], row["seeds_failed"]) == (
+        tables.NO_RESULT,
+        3,
+        2,
+        1,
+    )
     assert row["verification"] == "none"
     assert "0.5 → –" in text_table(table)  # the floor is nobody's result
 
 
 def test_what_did_not_finish_is_told_in_few_lines(tmp_path):
-    """Twenty missing seeds are one line, not twenty, and so are two agents without any; different reasons are different lines."""
+    """Twenty missing seeds are one line, not twenty, and so are two agents without any; different
+    reasons are different lines.
+    """
     assert tables.seed_ranges([5, 0, 2, 1]) == "0-2, 5"
-    planned = [synthetic_cell(agent, IMITATION, seed, 3) for agent in ("sgd", "cpo", "ppo") for seed in range(20)]
-    write_record(tmp_path, "s", planned[7], synthetic_updates(planned[7], 3)[:2], status="failed", error="boom")
+    planned = [
+        synthetic_cell(agent, IMITATION, seed, 3)
+        for agent in ("sgd", "cpo", "ppo")
+        for seed in range(20)
+    ]
+    write_record(
+        tmp_path,
+        "s",
+        planned[7],
+        synthetic_updates(planned[7], 3)[:2],
+        status="failed",
+        error="boom",
+    )
     lines = leaderboard(load(tmp_path, "s", planned, REFERENCES)).attrs["unfinished"]
     assert lines == [
         f"sgd on {IMITATION}, seed 7: failed (boom)",
@@ -261,11 +339,18 @@ def test_nothing_there(tmp_path):
 
 
 def test_commands_are_quoted(runs, table):
-    """Every row's command is what a shell needs to run it again; a record's text cannot smuggle a second one in."""
-    assert row_of(table, IMITATION, "sgd")["command"] == (f"scpo-bench run synthetic --agents sgd --tasks {IMITATION} --seeds 5")
+    """Every row's command is what a shell needs to run it again; a record's text cannot smuggle a
+    second one in.
+    """
+    assert row_of(table, IMITATION, "sgd")["command"] == (
+        f"scpo-bench run synthetic --agents sgd --tasks {IMITATION} --seeds 5"
+    )
     hostile = tables.command_of("s", "x; rm -rf ~", "t", 1, 1)
     assert hostile == "scpo-bench run s --agents 'x; rm -rf ~' --tasks t --seeds 1"
-    assert tables.command_of("compare-t", "a", "t", 3, 70) == "scpo-bench compare a --task t --seeds 3 --steps 70"
+    assert (
+        tables.command_of("compare-t", "a", "t", 3, 70)
+        == "scpo-bench compare a --task t --seeds 3 --steps 70"
+    )
 
 
 def test_aggregates_over_tasks(runs, table):
@@ -277,7 +362,9 @@ def test_aggregates_over_tasks(runs, table):
     assert aggregates["scpo"].clean_runs.value == 1.0
     profile = aggregates["scpo"].profile
     assert profile.share == sorted(profile.share, reverse=True)
-    assert all(low <= share <= high for low, share, high in zip(profile.low, profile.share, profile.high))
+    assert all(
+        low <= share <= high for low, share, high in zip(profile.low, profile.share, profile.high)
+    )
     shown = json.loads(render(table, "json"))["aggregates"]["synthetic"]
     assert all(set(a["profile"]) == {"thresholds", "share", "low", "high"} for a in shown)
     assert "synthetic" in table.attrs["aggregates"]
@@ -297,7 +384,9 @@ def text_table(table: pd.DataFrame, width: int = 120) -> str:
 
 def test_every_format_shows_every_row_and_what_is_missing(table):
     """A failed or missing seed, and too few seeds, are visible whatever the format."""
-    shown = {format: render(table, format, "synthetic") for format in ("md", "latex", "csv", "json")}
+    shown = {
+        format: render(table, format, "synthetic") for format in ("md", "latex", "csv", "json")
+    }
     shown["table"] = text_table(table)
     for format, text in shown.items():
         for agent in ("scpo", "sgd", "ppo"):
@@ -307,7 +396,11 @@ def test_every_format_shows_every_row_and_what_is_missing(table):
         assert "3/5" in text or format in ("csv", "json"), format
     rows = list(csv.DictReader(io.StringIO(shown["csv"])))
     failed = next(r for r in rows if r["task"] == IMITATION and r["agent"] == "sgd")
-    assert (failed["seeds_failed"], failed["seeds_missing"], failed["preliminary"]) == ("1", "1", "True")
+    assert (failed["seeds_failed"], failed["seeds_missing"], failed["preliminary"]) == (
+        "1",
+        "1",
+        "True",
+    )
     content = json.loads(shown["json"])
     assert any("seed 3: failed" in note for note in content["notes"])
     assert any("seed 4: missing" in note for note in content["notes"])
@@ -333,7 +426,9 @@ def test_csv_and_json_hold_every_column(table):
 
 
 def test_rendering_is_repeatable(suite, table):
-    """The committed leaderboard is regenerated and compared, so the same records must give the same text."""
+    """The committed leaderboard is regenerated and compared, so the same records must give the same
+    text.
+    """
     again = leaderboard(load(suite[0], "synthetic", suite[1], REFERENCES))
     for format in ("md", "latex", "csv", "json"):
         assert render(table, format) == render(again, format)
@@ -345,7 +440,9 @@ HOSTILE = "<script>alert(1)</script>|[red]&_$%#{}\\~^`*\x1b[31m\r\n=cmd()"
 
 
 def test_text_from_records_is_escaped(tmp_path):
-    """An agent's name can neither break a row, nor style a terminal, nor run in a spreadsheet or a browser."""
+    """An agent's name can neither break a row, nor style a terminal, nor run in a spreadsheet or a
+    browser.
+    """
     name = HOSTILE.replace("\x1b", "").replace("\r\n", "")
     cell = synthetic_cell("=1+1", IMITATION, 0, 2)
     write_record(tmp_path, "s", cell, synthetic_updates(cell, 2))
@@ -377,18 +474,41 @@ def test_control_characters_in_a_name_keep_a_record_out(tmp_path):
 def test_numbers_read_well():
     """0 % means none and 100 % all; huge and tiny numbers stay short."""
     assert [percent(x) for x in (0, 1e-9, 0.004, 0.5, 0.9999, 1, 1.25, -0.5, math.nan)] == [
-        "0", "<0.1", "0.4", "50", ">99.9", "100", "125", "-50", "–"
-    ]  # fmt: skip
-    assert [number(x) for x in (3.0, 0.12345, 1e-7, math.inf, math.nan, -2.5)] == ["3", "0.123", "1e-07", "never", "–", "-2.5"]
-    assert [count(x) for x in (0, 999, 1500, 2.5e6, 3e9, math.nan)] == ["0", "999", "1.5k", "2.5M", "3G", "–"]
+        "0",
+        "<0.1",
+        "0.4",
+        "50",
+        ">99.9",
+        "100",
+        "125",
+        "-50",
+        "–",
+    ]
+    assert [number(x) for x in (3.0, 0.12345, 1e-7, math.inf, math.nan, -2.5)] == [
+        "3",
+        "0.123",
+        "1e-07",
+        "never",
+        "–",
+        "-2.5",
+    ]
+    assert [count(x) for x in (0, 999, 1500, 2.5e6, 3e9, math.nan)] == [
+        "0",
+        "999",
+        "1.5k",
+        "2.5M",
+        "3G",
+        "–",
+    ]
     assert printable("a\x00b" + "c" * 700).startswith("a\N{REPLACEMENT CHARACTER}bcc")
     assert len(printable("c" * 700)) == 603
 
 
 def test_tables_need_neither_torch_nor_matplotlib():
-    """A leaderboard is read far from any training machine; importing torch would also cost seconds."""
+    """A leaderboard is read far from any training machine; importing torch would also cost seconds.
+    """
     code = (
-        "import sys; from scpo_bench.leaderboard import tables, render, plots, page, verify;"
+        "import sys; from scpo_bench.leaderboard import tables, render, plots, page; from scpo_bench.submissions import verify;"
         "print([m for m in ('torch', 'stable_baselines3', 'matplotlib', 'mujoco') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -400,7 +520,9 @@ FUZZ_RECORDS = int(os.environ.get("SCPO_BENCH_FUZZ", "400"))
 
 
 def mutate(data: bytes, rng: np.random.Generator) -> bytes:
-    """One to three edits: bytes flipped, pieces cut, doubled or moved, and tokens that parsers stumble over."""
+    """One to three edits: bytes flipped, pieces cut, doubled or moved, and tokens that parsers
+    stumble over.
+    """
     tokens = (
         b"NaN",
         b"Infinity",
@@ -428,7 +550,9 @@ def mutate(data: bytes, rng: np.random.Generator) -> bytes:
         elif kind == 3:
             # Replace a whole value, so that the result still parses more often than not.
             colon = data.find(b":", at)
-            end = min((i for i in (data.find(b",", colon), data.find(b"}", colon)) if i > 0), default=-1)
+            end = min(
+                (i for i in (data.find(b",", colon), data.find(b"}", colon)) if i > 0), default=-1
+            )
             if 0 < colon < end:
                 data = data[: colon + 1] + tokens[rng.integers(len(tokens))] + data[end:]
         else:
@@ -438,8 +562,8 @@ def mutate(data: bytes, rng: np.random.Generator) -> bytes:
 
 def test_mutated_records_never_end_in_a_traceback(tmp_path):
     """Whatever stands in the files, the outcome is a table or a line that names the problem."""
-    from scpo_bench.leaderboard.verify import verify
-    from scpo_bench.records import RecordError
+    from scpo_bench.records.files import RecordError
+    from scpo_bench.submissions.verify import verify
 
     rng = np.random.default_rng(11)
     cell = synthetic_cell("scpo", IMITATION, 0, 4)
@@ -467,7 +591,11 @@ def test_extreme_but_valid_numbers_do_not_overflow(tmp_path):
     """Counters of 400 digits and costs of 1e300 parse; nothing may be computed from them."""
     cell = synthetic_cell("sgd", IMITATION, 0, 3)
     updates = synthetic_updates(cell, 3)
-    huge = [updates[0], Update(**{**updates[1].model_dump(), "interaction_steps": 10**400}), *updates[2:]]
+    huge = [
+        updates[0],
+        Update(**{**updates[1].model_dump(), "interaction_steps": 10**400}),
+        *updates[2:],
+    ]
     write_record(tmp_path / "a", "s", cell, huge, status="interrupted")
     large = synthetic_cell("sgd", IMITATION, 1, 3)
     costly = [updates[0], Update(**{**updates[1].model_dump(), "cost_sum": 1e300})]
@@ -485,6 +613,8 @@ def test_no_link_is_followed(tmp_path):
     """A link to a folder of records elsewhere is not part of these results."""
     write_suite(tmp_path / "elsewhere", "s", (IMITATION,), ("sgd",), seeds=1, updates=2)
     (tmp_path / "results" / "s").mkdir(parents=True)
-    (tmp_path / "results" / "s" / "link").symlink_to(tmp_path / "elsewhere" / "s", target_is_directory=True)
+    (tmp_path / "results" / "s" / "link").symlink_to(
+        tmp_path / "elsewhere" / "s", target_is_directory=True
+    )
     assert load(tmp_path / "results", "s").empty
     assert Path(tmp_path / "elsewhere").is_dir()

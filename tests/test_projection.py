@@ -23,14 +23,20 @@ def reference(c: Certificate, target: np.ndarray, radius: float) -> float:
         constraints.append(g + s @ z + e * cp.norm1(z) + L / 2 * cp.sum_squares(z) <= 0)
     problem = cp.Problem(cp.Minimize(cp.sum_squares(z - target / unit)), constraints)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # at this tolerance Clarabel may call a good solution inaccurate
+        warnings.simplefilter(
+            "ignore"
+        )  # at this tolerance Clarabel may call a good solution inaccurate
         problem.solve(solver=cp.CLARABEL, tol_gap_abs=1e-11, tol_gap_rel=1e-11, tol_feas=1e-11)
     return problem.value * unit**2
 
 
 def random_problem(rng: np.random.Generator) -> tuple[Certificate, np.ndarray, float]:
-    """Active, inactive, degenerate (equal rows, no slope, L = 0) and boundary (g_i = 0) problems of all sizes up to 64."""
-    k = int(rng.choice([1, 2, 4, 8, 16, 64], p=[0.2, 0.25, 0.25, 0.2, 0.07, 0.03]))  # cvxpy is slow for many
+    """Active, inactive, degenerate (equal rows, no slope, L = 0) and boundary (g_i = 0) problems of
+    all sizes up to 64.
+    """
+    k = int(
+        rng.choice([1, 2, 4, 8, 16, 64], p=[0.2, 0.25, 0.25, 0.2, 0.07, 0.03])
+    )  # cvxpy is slow for many
     m = int(rng.choice([1, 2, 4, 16, 33, 64]))
     values = -rng.exponential(0.3, k) * rng.integers(0, 2, k) ** rng.integers(0, 2)
     L = rng.exponential(3, k) * (rng.random(k) > 0.1)
@@ -46,7 +52,9 @@ def random_problem(rng: np.random.Generator) -> tuple[Certificate, np.ndarray, f
 
 @pytest.mark.parametrize("block", range(10))
 def test_agrees_with_cvxpy_and_is_feasible(block):
-    """1000 random problems: the squared distance is cvxpy's within 1e-6, and every constraint holds in floating point."""
+    """1000 random problems: the squared distance is cvxpy's within 1e-6, and every constraint holds
+    in floating point.
+    """
     rng = np.random.default_rng(block)
     ours_s, theirs_s = [], []
     for _ in range(100):
@@ -59,14 +67,21 @@ def test_agrees_with_cvxpy_and_is_feasible(block):
         began = time.perf_counter()
         best = reference(certificate, target, radius)
         theirs_s.append(time.perf_counter() - began)
-        # Relative to the optimum; where that is (nearly) zero, to a millionth of what staying would cost.
+        # Relative to the optimum; where that is (nearly) zero, to a millionth of what staying would
+        # cost.
         assert np.sum((result.z - target) ** 2) - best <= 1e-6 * max(best, 1e-6 * target @ target)
-    assert np.median(theirs_s) / np.median(ours_s) > 2  # five and more on a quiet machine; see tests/performance
+    assert (
+        np.median(theirs_s) / np.median(ours_s) > 2
+    )  # five and more on a quiet machine; see tests/performance
 
 
 def test_one_constraint_by_hand():
     """g = -1, slope 1, L = 0, one direction: from a proposal of 3 the step stops at z = 1."""
-    result = project(Certificate(np.array([-1.0]), np.array([[1.0]]), np.zeros(1), np.zeros(1)), np.array([3.0]), 10.0)
+    result = project(
+        Certificate(np.array([-1.0]), np.array([[1.0]]), np.zeros(1), np.zeros(1)),
+        np.array([3.0]),
+        10.0,
+    )
     assert result.status == "solved"
     assert result.z == pytest.approx([1.0], abs=1e-8)
     assert result.bound[0] <= 0
@@ -74,21 +89,31 @@ def test_one_constraint_by_hand():
 
 def test_slope_error_and_curvature_by_hand():
     """-1 + z + 0.5 |z| + (3 / 2) z^2 <= 0 has its root at z = (-1.5 + sqrt(8.25)) / 3."""
-    result = project(Certificate(np.array([-1.0]), np.array([[1.0]]), np.array([0.5]), np.array([3.0])), np.array([2.0]), 10.0)
+    result = project(
+        Certificate(np.array([-1.0]), np.array([[1.0]]), np.array([0.5]), np.array([3.0])),
+        np.array([2.0]),
+        10.0,
+    )
     assert result.z == pytest.approx([(-1.5 + np.sqrt(8.25)) / 3], abs=1e-8)
 
 
 def test_inactive_proposal_is_returned_unchanged():
     """What the certificate allows is not touched, to the last bit."""
     target = np.array([0.1, -0.2])
-    result = project(Certificate(np.array([-9.0]), np.ones((1, 2)), np.zeros(1), np.ones(1)), target, 1.0)
+    result = project(
+        Certificate(np.array([-9.0]), np.ones((1, 2)), np.zeros(1), np.ones(1)), target, 1.0
+    )
     assert result.status == "inactive"
     assert (result.z == target).all()
 
 
 def test_trust_radius_clips():
     """With nothing active the projection is the radial clip."""
-    result = project(Certificate(np.array([-9.0]), np.zeros((1, 2)), np.zeros(1), np.zeros(1)), np.array([3.0, 4.0]), 1.0)
+    result = project(
+        Certificate(np.array([-9.0]), np.zeros((1, 2)), np.zeros(1), np.zeros(1)),
+        np.array([3.0, 4.0]),
+        1.0,
+    )
     assert result.z == pytest.approx([0.6, 0.8])
 
 
@@ -102,7 +127,9 @@ def test_boundary_start_slides_along_the_constraint():
 
 def test_nothing_certified_means_staying():
     """g = 0, no slope, L > 0: only z = 0 is certified, and it is what comes back."""
-    result = project(Certificate(np.zeros(1), np.zeros((1, 3)), np.zeros(1), np.ones(1)), np.ones(3), 1.0)
+    result = project(
+        Certificate(np.zeros(1), np.zeros((1, 3)), np.zeros(1), np.ones(1)), np.ones(3), 1.0
+    )
     assert result.status == "held"
     assert not result.z.any()
 
@@ -110,7 +137,11 @@ def test_nothing_certified_means_staying():
 def test_unsafe_start_is_refused():
     """Nothing can be certified from an unsafe point; the error names the constraint."""
     with pytest.raises(ValueError, match="constraint 1 is violated"):
-        project(Certificate(np.array([-1.0, 0.2]), np.ones((2, 1)), np.zeros(2), np.ones(2)), np.ones(1), 1.0)
+        project(
+            Certificate(np.array([-1.0, 0.2]), np.ones((2, 1)), np.zeros(2), np.ones(2)),
+            np.ones(1),
+            1.0,
+        )
 
 
 def test_margin_shrinks_to_what_there_is():
@@ -124,7 +155,9 @@ def test_margin_shrinks_to_what_there_is():
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, 2**31), st.floats(1e-6, 1e6))
 def test_any_scale_is_feasible(seed, scale):
-    """The guarantee does not depend on units: scaling target and radius by anything keeps bound <= 0."""
+    """The guarantee does not depend on units: scaling target and radius by anything keeps bound <=
+    0.
+    """
     certificate, target, radius = random_problem(np.random.default_rng(seed))
     result = project(certificate, target * scale, radius * scale)
     assert (certificate.bound(result.z) <= 0).all()

@@ -1,4 +1,5 @@
-"""The Safety-Gymnasium adapter: ids, metadata, the environment contract, pickling, errors, vector environments.
+"""The Safety-Gymnasium adapter: ids, metadata, the environment contract, pickling, errors, vector
+environments.
 
 Set SCPO_BENCH_EXHAUSTIVE=1 to run whole episodes on every id instead of on a sample.
 """
@@ -23,18 +24,17 @@ from gymnasium.error import DependencyNotInstalled, ResetNeeded
 from gymnasium.utils.env_checker import check_env
 
 import scpo_bench  # noqa: F401 - registers the ids
-from scpo_bench.envs.safety_gymnasium import (
-    TASKS,
-    SafetyNavigationEnv,
-    SafetyVelocityEnv,
-    register_safety_gymnasium,
-    task_metadata,
-)
+from scpo_bench.envs.safety_gymnasium import register_safety_gymnasium
+from scpo_bench.envs.safety_gymnasium.navigation import SafetyNavigationEnv
+from scpo_bench.envs.safety_gymnasium.tasks import TASKS, task_metadata
+from scpo_bench.envs.safety_gymnasium.velocity import SafetyVelocityEnv
 
 pytest.importorskip("mujoco")
 pytestmark = [
     # gymnasium says so of every -v0 beside a -v1
-    pytest.mark.filterwarnings("ignore:.*The environment Safety.*Velocity-v0 is out of date:DeprecationWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:.*The environment Safety.*Velocity-v0 is out of date:DeprecationWarning"
+    ),
 ]
 CHECKER_REMARKS = pytest.mark.filterwarnings(
     "ignore:.*(-infinity|infinity. This is probably|normalized|render_modes|render_fps).*:UserWarning"
@@ -63,21 +63,31 @@ def gl() -> Iterator[None]:
     code = "import mujoco as m; m.Renderer(m.MjModel.from_xml_string('<mujoco/>')).close()"
     with pytest.MonkeyPatch.context() as patch:
         if sys.platform == "linux" and not os.environ.get("MUJOCO_GL"):
-            patch.setenv("MUJOCO_GL", "egl")  # without a display, mujoco's default (GLFW) fails even where EGL works
-        if subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120).returncode != 0:
+            patch.setenv(
+                "MUJOCO_GL", "egl"
+            )  # without a display, mujoco's default (GLFW) fails even where EGL works
+        if (
+            subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, timeout=120
+            ).returncode
+            != 0
+        ):
             pytest.skip("no OpenGL backend draws off screen here (MUJOCO_GL=egl was tried)")
         yield
 
 
 @pytest.fixture
 def skyless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compile worlds without their sky: half a second and 190 MB each, and no number depends on it."""
+    """Compile worlds without their sky: half a second and 190 MB each, and no number depends on it.
+    """
     import mujoco
 
-    from scpo_bench.envs.safety_gymnasium_fast import _without_sky
-    from scpo_bench.envs.safety_gymnasium_package import original
+    from scpo_bench.envs.safety_gymnasium.fast import _without_sky
+    from scpo_bench.envs.safety_gymnasium.package import original
 
-    compiler = types.SimpleNamespace(from_xml_string=lambda xml: mujoco.MjModel.from_xml_string(_without_sky(xml)))
+    compiler = types.SimpleNamespace(
+        from_xml_string=lambda xml: mujoco.MjModel.from_xml_string(_without_sky(xml))
+    )
     monkeypatch.setattr(
         original().world,
         "mujoco",
@@ -109,7 +119,8 @@ def assert_equal(one: Any, other: Any) -> None:
         np.testing.assert_array_equal(one, other)
 
 
-# Ids and metadata ---------------------------------------------------------------------------------------------------
+# Ids and metadata
+# ---------------------------------------------------------------------------------------------------
 
 
 def test_every_id_is_registered_under_safety_gymnasiums_own_name() -> None:
@@ -120,11 +131,23 @@ def test_every_id_is_registered_under_safety_gymnasiums_own_name() -> None:
         assert spec.max_episode_steps == task.horizon
         assert spec.reward_threshold == task.reward_threshold
     families = {task.family for task in TASKS.values()}
-    assert families == {"goal", "button", "push", "circle", "run", "race", "fading_easy", "fading_hard", "velocity"}
+    assert families == {
+        "goal",
+        "button",
+        "push",
+        "circle",
+        "run",
+        "race",
+        "fading_easy",
+        "fading_hard",
+        "velocity",
+    }
 
 
 def test_registering_again_leaves_other_peoples_ids_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Somebody's own registration of an id would silently be replaced, or a second import would fail."""
+    """Somebody's own registration of an id would silently be replaced, or a second import would
+    fail.
+    """
     theirs = dataclasses.replace(gymnasium.spec("SafetyPointGoal1-v0"), entry_point="theirs:Env")
     monkeypatch.setitem(gymnasium.registry, "SafetyPointGoal1-v0", theirs)
     register_safety_gymnasium()
@@ -132,12 +155,16 @@ def test_registering_again_leaves_other_peoples_ids_alone(monkeypatch: pytest.Mo
 
 
 def test_importing_the_ids_loads_no_simulator() -> None:
-    """``import scpo_bench`` and ``scpo-bench list tasks`` would take seconds, or fail without safety-gymnasium."""
+    """``import scpo_bench`` and ``scpo-bench list tasks`` would take seconds, or fail without
+    safety-gymnasium.
+    """
     code = (
         "import sys, scpo_bench.envs.safety_gymnasium as s; s.register_safety_gymnasium();"
         "print([m for m in ('mujoco', 'safety_gymnasium', 'glfw', 'xmltodict') if m in sys.modules])"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
     assert run.stdout.strip() == "[]"
 
 
@@ -154,14 +181,17 @@ def test_metadata_of_some_ids() -> None:
         task_metadata("SafetyPointGaol1-v0")
 
 
-# The environment contract -------------------------------------------------------------------------------------------
+# The environment contract
+# -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("env_id", [t.id for t in RUNNABLE if t.variant != "vision"])
 @CHECKER_REMARKS
 @pytest.mark.usefixtures("skyless")
 def test_every_id_follows_the_contract(make: Any, env_id: str) -> None:
-    """An id could not be built, stepped, checked by gymnasium, or would not report its cost; or its metadata lies."""
+    """An id could not be built, stepped, checked by gymnasium, or would not report its cost; or its
+    metadata lies.
+    """
     env = make(env_id)
     task = TASKS[env_id]
     assert env.observation_space.shape == (task.observation_size,)
@@ -206,7 +236,8 @@ def test_every_vision_id_draws_its_observation(make: Any, env_id: str) -> None:
 @CHECKER_REMARKS
 @pytest.mark.usefixtures("gl")
 def test_vision_and_rendering_equal_the_original_path(make: Any) -> None:
-    """Frames of the fast path would show another world: a stale layout, no sky, no lidar markers."""
+    """Frames of the fast path would show another world: a stale layout, no sky, no lidar markers.
+    """
     fast, original = (make("SafetyPointFadingHard2Vision-v0", fast=fast) for fast in (True, False))
     for seed in (0, 1):
         assert_equal(fast.reset(seed=seed)[0], original.reset(seed=seed)[0])
@@ -216,7 +247,9 @@ def test_vision_and_rendering_equal_the_original_path(make: Any) -> None:
                 assert_equal(one, other)
     check_env(fast.unwrapped, skip_render_check=True)
     for mode, shape in (("rgb_array", (90, 120, 3)), ("depth_array", (90, 120))):
-        env = make("SafetyPointGoal1-v0", render_mode=mode, width=120, height=90, camera_name="fixedfar")
+        env = make(
+            "SafetyPointGoal1-v0", render_mode=mode, width=120, height=90, camera_name="fixedfar"
+        )
         env.reset(seed=0)
         frame = env.render()
         assert frame.shape == shape
@@ -224,14 +257,20 @@ def test_vision_and_rendering_equal_the_original_path(make: Any) -> None:
     robot = make("SafetyHopperVelocity-v1", render_mode="rgb_array")
     robot.reset(seed=0)
     robot.render()
-    robot.step(robot.action_space.sample())  # with a viewer open, the original draws the speed marker
+    robot.step(
+        robot.action_space.sample()
+    )  # with a viewer open, the original draws the speed marker
     assert robot.render().std() > 0.0
 
 
 @pytest.mark.usefixtures("skyless")
-@pytest.mark.parametrize("env_id", [t.id for t in RUNNABLE if t.variant != "vision"] if EXHAUSTIVE else SAMPLE)
+@pytest.mark.parametrize(
+    "env_id", [t.id for t in RUNNABLE if t.variant != "vision"] if EXHAUSTIVE else SAMPLE
+)
 def test_an_episode_runs_and_a_pickle_continues_it_identically(make: Any, env_id: str) -> None:
-    """Checkpoints and workers would continue another episode: state lost in the pickle, random state included."""
+    """Checkpoints and workers would continue another episode: state lost in the pickle, random
+    state included.
+    """
     env = make(env_id)
     env.action_space.seed(1)
     env.reset(seed=11)
@@ -263,7 +302,9 @@ def test_an_episode_runs_and_a_pickle_continues_it_identically(make: Any, env_id
 @pytest.mark.usefixtures("skyless")
 @pytest.mark.parametrize("fast", [True, False])
 def test_pickles_on_both_paths_and_before_the_first_reset(make: Any, fast: bool) -> None:
-    """A vector environment that pickles its environments would fail, or a copy would share the world."""
+    """A vector environment that pickles its environments would fail, or a copy would share the
+    world.
+    """
     env = make("SafetyCarFadingHard2-v0", fast=fast)
     fresh = pickle.loads(pickle.dumps(env))
     assert_equal(env.reset(seed=3)[0], fresh.reset(seed=3)[0])
@@ -277,33 +318,39 @@ def test_pickles_on_both_paths_and_before_the_first_reset(make: Any, fast: bool)
         twin_after = twin.step(env.action_space.high)
     for one, other in zip(after, twin_after):
         assert_equal(one, other)
-    np.testing.assert_array_equal(env.unwrapped.task.model.geom_rgba, twin.unwrapped.task.model.geom_rgba)
+    np.testing.assert_array_equal(
+        env.unwrapped.task.model.geom_rgba, twin.unwrapped.task.model.geom_rgba
+    )
     fresh.close()
     twin.close()
 
 
 @pytest.mark.usefixtures("skyless")
 def test_the_seed_decides_every_layout(make: Any) -> None:
-    """Runs could not be repeated: numpy's global generator, or an unseeded one, would leak into layouts."""
+    """Runs could not be repeated: numpy's global generator, or an unseeded one, would leak into
+    layouts.
+    """
     layouts = []
     for noise in (0, 1):
-        np.random.seed(noise)  # noqa: NPY002 - it is this generator that must not matter
+        np.random.seed(noise)
         env = make("SafetyPointGoal1-v0")
         layouts.append([env.reset(seed=9)[0], env.reset()[0], env.reset()[0]])
     assert_equal(np.array(layouts[0]), np.array(layouts[1]))
     assert not np.array_equal(layouts[0][0], layouts[0][1])
     assert not np.array_equal(layouts[0][1], layouts[0][2])
-    state = np.random.get_state()[1].copy()  # type: ignore[union-attr]  # noqa: NPY002
+    state = np.random.get_state()[1].copy()  # type: ignore[union-attr]
     make("SafetyPointGoal1-v0").reset(seed=0)
-    np.testing.assert_array_equal(state, np.random.get_state()[1])  # type: ignore[arg-type]  # noqa: NPY002
+    np.testing.assert_array_equal(state, np.random.get_state()[1])  # type: ignore[arg-type]
     large = make("SafetyPointGoal1-v0")
     assert_equal(large.reset(seed=2**40)[0], large.reset(seed=2**40)[0])
 
 
 @pytest.mark.usefixtures("skyless")
-def test_a_layout_that_cannot_be_sampled_is_drawn_again(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layout_that_cannot_be_sampled_is_drawn_again(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Training would stop at a reset, after hours, on a rare layout."""
-    from scpo_bench.envs.safety_gymnasium_package import original
+    from scpo_bench.envs.safety_gymnasium.package import original
 
     env = make("SafetyPointGoal1-v0")
     builder = env.unwrapped._builder
@@ -341,17 +388,24 @@ def test_a_layout_that_cannot_be_sampled_is_drawn_again(make: Any, monkeypatch: 
 
 @pytest.mark.usefixtures("skyless")
 def test_truncation_is_left_to_time_limit(make: Any) -> None:
-    """A user's longer horizon would be cut by the package's own counter; a shorter one would not hold."""
+    """A user's longer horizon would be cut by the package's own counter; a shorter one would not
+    hold.
+    """
     longer = make("SafetyPointCircle0-v0", max_episode_steps=520)
     longer.reset(seed=0)
     ends = [longer.step(longer.action_space.sample())[3] for _ in range(520)]
     assert ends.index(True) == 519
     shorter = make("SafetyPointCircle0-v0", max_episode_steps=3)
     shorter.reset(seed=0)
-    assert [shorter.step(shorter.action_space.sample())[3] for _ in range(3)] == [False, False, True]
+    assert [shorter.step(shorter.action_space.sample())[3] for _ in range(3)] == [
+        False,
+        False,
+        True,
+    ]
 
 
-# Errors -------------------------------------------------------------------------------------------------------------
+# Errors
+# -------------------------------------------------------------------------------------------------------------
 
 
 def test_without_safety_gymnasium_make_says_how_to_install_it() -> None:
@@ -367,13 +421,17 @@ def test_without_safety_gymnasium_make_says_how_to_install_it() -> None:
             except gymnasium.error.DependencyNotInstalled as error:
                 print(str(error).splitlines()[0])
     """)
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
     lines = run.stdout.splitlines()
     assert len(lines) == 2
     assert all("pip install --no-deps safety-gymnasium" in line for line in lines)
 
 
-@pytest.mark.parametrize("env_id", ["SafetyPointRace0-v0", "SafetyAntRace2Vision-v0", "SafetyCarRace1Debug-v0"])
+@pytest.mark.parametrize(
+    "env_id", ["SafetyPointRace0-v0", "SafetyAntRace2Vision-v0", "SafetyCarRace1Debug-v0"]
+)
 def test_race_tasks_say_that_the_wheel_lacks_an_asset(env_id: str) -> None:
     """MuJoCo's complaint about a texture file would read like a broken installation."""
     with pytest.raises(DependencyNotInstalled, match=r"village_floor\.PNG.*wheel"):
@@ -399,7 +457,9 @@ def test_bad_arguments_are_refused(make: Any) -> None:
 
 
 def test_the_private_copy_stays_private(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A really importable safety_gymnasium, of another version say, would be shadowed or broken by ours."""
+    """A really importable safety_gymnasium, of another version say, would be shadowed or broken by
+    ours.
+    """
     make("SafetyPointGoal0-v0").reset(seed=0)
     assert not [name for name in sys.modules if name.partition(".")[0] == "safety_gymnasium"]
     theirs = types.ModuleType("safety_gymnasium")
@@ -413,7 +473,8 @@ def test_the_private_copy_stays_private(make: Any, monkeypatch: pytest.MonkeyPat
     assert [name for name in sys.modules if name.startswith("safety_gymnasium.")] == []
 
 
-# Velocity -----------------------------------------------------------------------------------------------------------
+# Velocity
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_velocity_cost_is_speed_above_the_threshold(make: Any) -> None:
@@ -427,12 +488,15 @@ def test_velocity_cost_is_speed_above_the_threshold(make: Any) -> None:
         assert info["cost"] == cost == float(info["x_velocity"] > threshold)
 
 
-# Vector environments ------------------------------------------------------------------------------------------------
+# Vector environments
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("skyless")
 def test_parallel_environments_return_the_last_observation_and_its_cost(make: Any) -> None:
-    """Bootstrapping and cost sums would use the next episode's first observation, or lose the last step's cost."""
+    """Bootstrapping and cost sums would use the next episode's first observation, or lose the last
+    step's cost.
+    """
     from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
     env_id, horizon = "SafetyPointGoal1-v0", 4
@@ -443,13 +507,19 @@ def test_parallel_environments_return_the_last_observation_and_its_cost(make: An
     following, _ = single.reset()
 
     vector = gymnasium.make_vec(
-        env_id, num_envs=2, vectorization_mode="async", max_episode_steps=horizon, vector_kwargs={"shared_memory": True}
+        env_id,
+        num_envs=2,
+        vectorization_mode="async",
+        max_episode_steps=horizon,
+        vector_kwargs={"shared_memory": True},
     )
     try:
         observations, _ = vector.reset(seed=[21, 22])
         assert_equal(observations[0], first)
         for step in range(horizon):
-            observations, rewards, terminated, truncated, infos = vector.step(np.stack([action, action]))
+            observations, rewards, terminated, truncated, infos = vector.step(
+                np.stack([action, action])
+            )
             assert_equal(observations[0], alone[step][0])
             assert rewards[0] == alone[step][1]
             assert infos["cost"][0] == alone[step][4]["cost"]
@@ -462,7 +532,10 @@ def test_parallel_environments_return_the_last_observation_and_its_cost(make: An
     def build() -> gymnasium.Env:
         return gymnasium.make(env_id, max_episode_steps=horizon)
 
-    for vec_env in (DummyVecEnv([build, build]), SubprocVecEnv([build, build], start_method="fork")):
+    for vec_env in (
+        DummyVecEnv([build, build]),
+        SubprocVecEnv([build, build], start_method="fork"),
+    ):
         vec_env.seed(21)
         assert_equal(vec_env.reset()[0], first.astype(vec_env.observation_space.dtype))
         for step in range(horizon):

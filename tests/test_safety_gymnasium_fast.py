@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import scpo_bench  # noqa: F401 - registers the ids
-from scpo_bench.envs.safety_gymnasium import TASKS
+from scpo_bench.envs.safety_gymnasium.tasks import TASKS
 
 mujoco = pytest.importorskip("mujoco")
 
@@ -24,9 +24,12 @@ HARDEST = {"run": 0}  # level; 2 elsewhere: everything the easier levels have, a
 PAIRS = [
     task.id
     for task in TASKS.values()
-    if task.variant == "plain" and task.family not in ("velocity", "race") and task.level == HARDEST.get(task.family, 2)
+    if task.variant == "plain"
+    and task.family not in ("velocity", "race")
+    and task.level == HARDEST.get(task.family, 2)
 ]
-# Model arrays that may differ: the sky's, and the orientation of a camera that no observation uses (rounding)
+# Model arrays that may differ: the sky's, and the orientation of a camera that no observation uses
+# (rounding)
 NOT_COMPARED = {"cam_quat", "cam_mat0", "signature", "nbuffer", "names", "names_map", "paths"}
 # MjData that is scratch space, timing, or follows from the camera above
 WORKSPACE = ("timer", "map_", "solver", "maxuse", "nbuffer", "narena", "cam_x", "efc_", "iefc_")
@@ -34,11 +37,14 @@ WORKSPACE = ("timer", "map_", "solver", "maxuse", "nbuffer", "narena", "cam_x", 
 
 @pytest.fixture(autouse=True)
 def skyless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compile worlds without their sky: half a second and 190 MB each, and no number depends on it."""
-    from scpo_bench.envs.safety_gymnasium_fast import _without_sky
-    from scpo_bench.envs.safety_gymnasium_package import original
+    """Compile worlds without their sky: half a second and 190 MB each, and no number depends on it.
+    """
+    from scpo_bench.envs.safety_gymnasium.fast import _without_sky
+    from scpo_bench.envs.safety_gymnasium.package import original
 
-    compiler = types.SimpleNamespace(from_xml_string=lambda xml: mujoco.MjModel.from_xml_string(_without_sky(xml)))
+    compiler = types.SimpleNamespace(
+        from_xml_string=lambda xml: mujoco.MjModel.from_xml_string(_without_sky(xml))
+    )
     monkeypatch.setattr(
         original().world,
         "mujoco",
@@ -47,7 +53,9 @@ def skyless(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def actions(space: gymnasium.spaces.Box, seed: int) -> Any:
-    """Phases of held, random and extreme actions: robots travel, turn, bump into things and stand still."""
+    """Phases of held, random and extreme actions: robots travel, turn, bump into things and stand
+    still.
+    """
     rng = np.random.default_rng(seed)
     while True:
         kind = rng.integers(4)
@@ -84,7 +92,9 @@ def assert_same_step(one: Any, other: Any) -> None:
 
 @pytest.mark.parametrize("env_id", PAIRS)
 def test_fast_path_equals_the_original_over_episodes(env_id: str) -> None:
-    """Published numbers would depend on a switch: any difference in observation, reward, cost, info or ending."""
+    """Published numbers would depend on a switch: any difference in observation, reward, cost, info
+    or ending.
+    """
     fast, original = gymnasium.make(env_id), gymnasium.make(env_id, fast=False)
     assert fast.unwrapped.fast  # type: ignore[attr-defined]
     assert not original.unwrapped.fast  # type: ignore[attr-defined]
@@ -111,7 +121,9 @@ def test_fast_path_equals_the_original_over_episodes(env_id: str) -> None:
     ],
 )
 def test_reaching_goals_and_touching_things_stays_equal(env_id: str, reached: str) -> None:
-    """New goals (which draw random numbers), contact costs and fading happen too rarely in random episodes."""
+    """New goals (which draw random numbers), contact costs and fading happen too rarely in random
+    episodes.
+    """
     fast, original = gymnasium.make(env_id), gymnasium.make(env_id, fast=False)
     pair = fast.unwrapped.task, original.unwrapped.task  # type: ignore[attr-defined]
     goals = costs = 0
@@ -120,7 +132,11 @@ def test_reaching_goals_and_touching_things_stays_equal(env_id: str, reached: st
         fast.reset(seed=seed)
         original.reset(seed=seed)
         rng = np.random.default_rng(seed)
-        things = [n for n in pair[0]._body_ids if n.startswith(("vase", "hazard", "button", "gremlin", "pillar"))]
+        things = [
+            n
+            for n in pair[0]._body_ids
+            if n.startswith(("vase", "hazard", "button", "gremlin", "pillar"))
+        ]
         for step in range(40):
             if step % 4 == 0:  # put the robot where something happens; both worlds alike
                 name = f"button{pair[0].buttons.goal_button}" if reached == "button" else "goal"
@@ -139,7 +155,9 @@ def test_reaching_goals_and_touching_things_stays_equal(env_id: str, reached: st
             assert_same_step(one, other)
             goals += "goal_met" in one[4]
             costs += one[4]["cost"] > 0.0
-            costly_kinds |= {key for key, value in one[4].items() if key.startswith("cost_") and value > 0.0}
+            costly_kinds |= {
+                key for key, value in one[4].items() if key.startswith("cost_") and value > 0.0
+            }
             np.testing.assert_array_equal(pair[0].model.geom_rgba, pair[1].model.geom_rgba)
     assert goals >= 3
     assert costs >= 3
@@ -149,7 +167,9 @@ def test_reaching_goals_and_touching_things_stays_equal(env_id: str, reached: st
 
 
 def place(task: Any, xy: np.ndarray) -> None:
-    """Move the robot to a point of the plane (Point slides from its initial position, the others float)."""
+    """Move the robot to a point of the plane (Point slides from its initial position, the others
+    float).
+    """
     model, data = task.model, task.data
     body = model.body("agent").id
     start = model.jnt_qposadr[model.body_jntadr[body]]
@@ -174,12 +194,16 @@ def place(task: Any, xy: np.ndarray) -> None:
     ],
 )
 def test_a_written_layout_equals_a_compiled_one(env_id: str) -> None:
-    """Resets that write into the compiled model would leave masses, inertias, welds or sizes of the old layout."""
+    """Resets that write into the compiled model would leave masses, inertias, welds or sizes of the
+    old layout.
+    """
     fast, original = gymnasium.make(env_id), gymnasium.make(env_id, fast=False)
     for seed in (0, 1, 2):
         fast.reset(seed=seed)
         original.reset(seed=seed)
-        for _ in range(5 if seed == 1 else 0):  # leave traces: mocaps moved, goal replaced, warm start
+        for _ in range(
+            5 if seed == 1 else 0
+        ):  # leave traces: mocaps moved, goal replaced, warm start
             fast.step(fast.action_space.high)  # type: ignore[attr-defined]
             original.step(fast.action_space.high)  # type: ignore[attr-defined]
         for name in ("model", "data"):
@@ -208,8 +232,9 @@ def test_a_written_layout_equals_a_compiled_one(env_id: str) -> None:
 
 
 def test_lidar_readings_by_hand() -> None:
-    """The lidar's geometry: bins, reach, smoothing, occlusion, and a point a hair below angle zero."""
-    from scpo_bench.envs.safety_gymnasium_fast import PseudoLidar
+    """The lidar's geometry: bins, reach, smoothing, occlusion, and a point a hair below angle zero.
+    """
+    from scpo_bench.envs.safety_gymnasium.fast import PseudoLidar
 
     # robot at (1, 1, 0.1), turned by 90 degrees: its x axis is the world's y axis
     frame = np.array([[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
@@ -227,8 +252,11 @@ def test_lidar_readings_by_hand() -> None:
     lidar = PseudoLidar(bodies_P=[1, 2, 3], starts_P=[1, 1, 5], bins=4, reach=3.0)
     lidar.look(positions, origin)
     lidar.write_to(observation, frame)
-    # first lidar: 1 - 1.5/3 in bin 0 and, aligned with the bin's start, wholly in bin 3; 1 - 2/3 in bin 1 (and bin 0)
-    np.testing.assert_allclose(observation, [-1.0, 0.5, 1 / 3, 0.0, 0.5, 0.0, 0.0, 0.0, 0.0], atol=1e-12)
+    # first lidar: 1 - 1.5/3 in bin 0 and, aligned with the bin's start, wholly in bin 3; 1 - 2/3 in
+    # bin 1 (and bin 0)
+    np.testing.assert_allclose(
+        observation, [-1.0, 0.5, 1 / 3, 0.0, 0.5, 0.0, 0.0, 0.0, 0.0], atol=1e-12
+    )
 
     just_below = PseudoLidar(bodies_P=[1], starts_P=[0], bins=4, reach=3.0)
     just_below.look(np.array([[0.0, 0.0, 0.0], [1.5, -1e-17, 0.0]]), np.zeros(3))
@@ -239,8 +267,10 @@ def test_lidar_readings_by_hand() -> None:
 
 @pytest.mark.parametrize("env_id", ["SafetyPointButton2-v0", "SafetyPointCircle1-v0"])
 def test_layouts_take_the_same_draws(env_id: str) -> None:
-    """The fast layout sampler would consume other random numbers, and every later layout would differ."""
-    from scpo_bench.envs.safety_gymnasium_package import original
+    """The fast layout sampler would consume other random numbers, and every later layout would
+    differ.
+    """
+    from scpo_bench.envs.safety_gymnasium.package import original
 
     env = gymnasium.make(env_id)
     env.reset(seed=0)
@@ -256,13 +286,16 @@ def test_layouts_take_the_same_draws(env_id: str) -> None:
             np.testing.assert_array_equal(one[name], other[name])
         if "goal" in one:
             del ours.layout["goal"], theirs.layout["goal"]
-            assert [ours.sample_goal_position() for _ in range(5)] == [theirs.sample_goal_position() for _ in range(5)]
+            assert [ours.sample_goal_position() for _ in range(5)] == [
+                theirs.sample_goal_position() for _ in range(5)
+            ]
         assert ours.uniform() == theirs.uniform()
     env.close()
 
 
 def test_gymnasium_users_can_hold_the_arrays_they_got() -> None:
-    """Observations would change under a replay buffer if the preallocated arrays were handed out."""
+    """Observations would change under a replay buffer if the preallocated arrays were handed out.
+    """
     env = gymnasium.make("SafetyPointGoal1-v0")
     first, _ = env.reset(seed=0)
     kept = first.copy()

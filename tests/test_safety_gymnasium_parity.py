@@ -7,14 +7,15 @@ from pathlib import Path
 import pytest
 
 import scpo_bench  # noqa: F401 - registers the ids
-from scpo_bench.envs.safety_gymnasium_parity import compare, load, page
+from scpo_bench.envs.safety_gymnasium.parity import compare, load, page
 
 mujoco = pytest.importorskip("mujoco")
 
 ROOT = Path(__file__).parents[1]
 FACTS, TRAJECTORIES = load(Path(__file__).parent / "data" / "safety_gymnasium_trajectories")
 
-# Observations (the reset's included) and rewards that agree to 1e-6 in a row, measured on mujoco 3.10.0
+# Observations (the reset's included) and rewards that agree to 1e-6 in a row, measured on mujoco
+# 3.10.0
 MEASURED = {
     "SafetyPointGoal1-v0": (27, 30),
     "SafetyPointGoal2-v0": (27, 30),
@@ -39,7 +40,9 @@ MEASURED = {
 
 @pytest.mark.parametrize("env_id", FACTS["tasks"])
 def test_trajectories_agree_as_long_as_measured(env_id: str) -> None:
-    """Results could not be compared with published ones: another layout, cost, space or earlier divergence."""
+    """Results could not be compared with published ones: another layout, cost, space or earlier
+    divergence.
+    """
     facts = FACTS["tasks"][env_id]
     agreement = compare(env_id, TRAJECTORIES[env_id], facts, FACTS["seed"])
     assert agreement.spaces_equal
@@ -57,9 +60,14 @@ def test_the_page_is_the_generated_one() -> None:
     written = (ROOT / "docs" / "safety_gymnasium_parity.md").read_text(encoding="utf-8")
     if f"mujoco {mujoco.__version__} " not in written:
         pytest.skip("the page was generated with another mujoco")
-    agreements = [compare(env_id, TRAJECTORIES[env_id], facts, FACTS["seed"]) for env_id, facts in FACTS["tasks"].items()]
+    agreements = [
+        compare(env_id, TRAJECTORIES[env_id], facts, FACTS["seed"])
+        for env_id, facts in FACTS["tasks"].items()
+    ]
     generated = page(FACTS, agreements)
-    assert [row(line) for line in written.splitlines()] == [row(line) for line in generated.splitlines()]
+    assert [row(line) for line in written.splitlines()] == [
+        row(line) for line in generated.splitlines()
+    ]
 
 
 def row(line: str) -> str:

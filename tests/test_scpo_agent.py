@@ -1,4 +1,6 @@
-"""The SCPO agent: safe at every update, refuses an unsafe start, goes on after loading; and what it stands beside."""
+"""The SCPO agent: safe at every update, refuses an unsafe start, goes on after loading; and what it
+stands beside.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,12 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
 
 import scpo_bench  # noqa: F401 - registers the tasks
+from scpo_bench.contract import ProbeMeter
 from scpo_bench.policies import AffineBackup
+from scpo_bench.runs.native_vec_env import NativeVecEnv
 from scpo_bench.scpo.agent import SCPO, UnsafeStartError
 from scpo_bench.scpo.gradient_descent import GradientDescent
-from scpo_bench.scpo.rollouts import BatchedEvaluator, ProbeMeter
-from scpo_bench.vec_env import NativeVecEnv
+from scpo_bench.scpo.rollouts import BatchedEvaluator
 
 IMITATION, REGRESSION = "scpo_bench/DoubleIntegratorImitation-v0", "scpo_bench/HarmfulRegression-v0"
 SMALL = {"features": 16, "evaluation_starts": 32}
@@ -28,7 +31,9 @@ def make(agent_class=SCPO, task=IMITATION, seed=0, backup=True, **config):
 
 
 class WorstOfHeldOut(BaseCallback):
-    """Largest constraint value of every deployed policy on 200 held-out starts, step by step in the environment."""
+    """Largest constraint value of every deployed policy on 200 held-out starts, step by step in the
+    environment.
+    """
 
     def __init__(self, task):
         super().__init__()
@@ -42,7 +47,9 @@ class WorstOfHeldOut(BaseCallback):
         observations, _ = self.env.reset(seed=77)
         worst = -np.inf
         for _ in range(self.env.unwrapped.task.horizon):
-            observations, *_, info = self.env.step(self.model.predict(observations, deterministic=True)[0])
+            observations, *_, info = self.env.step(
+                self.model.predict(observations, deterministic=True)[0]
+            )
             worst = max(worst, info["constraint_values"].max())
         self.worst.append(worst)
 
@@ -52,12 +59,16 @@ def test_starts_exactly_at_the_backup():
     agent = make(**SMALL)
     observations = np.random.default_rng(0).uniform(-0.5, 0.5, (50, 2)).astype(np.float32)
     gain, _ = agent.env.task.backup_gain()
-    assert agent.predict(observations, deterministic=True)[0] == pytest.approx((observations @ gain.T).clip(-1, 1), abs=1e-6)
+    assert agent.predict(observations, deterministic=True)[0] == pytest.approx(
+        (observations @ gain.T).clip(-1, 1), abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("smoothness", ["adaptive", "sampled", "apriori"])
 def test_every_deployed_policy_is_safe_and_the_loss_falls(smoothness):
-    """20 updates in every smoothness rule: no violation on held-out starts; the objective improves beyond the backup."""
+    """20 updates in every smoothness rule: no violation on held-out starts; the objective improves
+    beyond the backup.
+    """
     agent = make(smoothness=smoothness, L=100.0, learning_rate=0.3, **SMALL)
     watch = WorstOfHeldOut(IMITATION)
     agent.learn(PER_UPDATE * 20, watch)
@@ -77,7 +88,9 @@ def test_unprojected_gradient_descent_violates():
 
 
 def test_understated_smoothness_breaches_are_recorded_and_verified_mode_stays_safe():
-    """L a thousand times too small: certified mode must record breaches, verified mode must not deploy an unsafe policy."""
+    """L a thousand times too small: certified mode must record breaches, verified mode must not
+    deploy an unsafe policy.
+    """
     settings = {"smoothness": "apriori", "L": 0.01, "learning_rate": 0.45, **SMALL}
     certified = make(mode="certified", **settings)
     unsafe = WorstOfHeldOut(IMITATION)
@@ -95,22 +108,31 @@ def test_understated_smoothness_breaches_are_recorded_and_verified_mode_stays_sa
 
 @pytest.mark.parametrize("space", ["last_layer", "low_rank", "all"])
 def test_every_parameter_space_starts_at_the_policy_and_writes_what_it_evaluates(space):
-    """actions(0) are the policy's own, and after write(w) the deployed network acts as evaluated."""
+    """actions(0) are the policy's own, and after write(w) the deployed network acts as evaluated.
+    """
     agent = make(space=space, labels="starts", rank=2, **SMALL)
     agent.learn(PER_UPDATE)
     w = agent.w + 0.01 * np.random.default_rng(0).normal(size=agent.w.shape)
     observations = np.random.default_rng(1).uniform(-0.3, 0.3, (20, 2)).astype(np.float32)
-    evaluated = agent.space.actions(torch.as_tensor(w)[None], torch.as_tensor(observations, dtype=torch.float64)[None])[0]
+    evaluated = agent.space.actions(
+        torch.as_tensor(w)[None], torch.as_tensor(observations, dtype=torch.float64)[None]
+    )[0]
     agent.deploy(w)
-    assert agent.predict(observations, deterministic=True)[0] == pytest.approx(evaluated.numpy(), abs=1e-5)
+    assert agent.predict(observations, deterministic=True)[0] == pytest.approx(
+        evaluated.numpy(), abs=1e-5
+    )
     agent.deploy(np.zeros_like(w))
     gain, _ = agent.env.task.backup_gain()
-    assert agent.predict(observations, deterministic=True)[0] == pytest.approx(observations @ gain.T, abs=1e-6)
+    assert agent.predict(observations, deterministic=True)[0] == pytest.approx(
+        observations @ gain.T, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize("space", ["low_rank", "all"])
 def test_larger_spaces_stay_safe_with_few_directions(space):
-    """With 8 of hundreds of directions probed the memory has to serve; safety must not depend on it."""
+    """With 8 of hundreds of directions probed the memory has to serve; safety must not depend on
+    it.
+    """
     agent = make(space=space, directions=8, learning_rate=0.02, **SMALL)
     watch = WorstOfHeldOut(IMITATION)
     agent.learn(PER_UPDATE * 10, watch)
@@ -119,21 +141,30 @@ def test_larger_spaces_stay_safe_with_few_directions(space):
 
 
 def test_unsafe_start_is_refused_before_training():
-    """Without a backup the start is zero action, which drifts out of bounds: refused, naming the constraint and its value."""
+    """Without a backup the start is zero action, which drifts out of bounds: refused, naming the
+    constraint and its value.
+    """
     agent = make(backup=False, **SMALL)
-    with pytest.raises(UnsafeStartError, match=r"constraint '(position|velocity|terminal)' has value \d"):
+    with pytest.raises(
+        UnsafeStartError, match=r"constraint '(position|velocity|terminal)' has value \d"
+    ):
         agent.learn(PER_UPDATE)
     assert agent.num_timesteps == 0
 
 
 def test_evaluator_bounds_the_worst_value_and_charges_the_meter():
-    """g is an upper bound on the maximum over starts and steps, and every rollout step is paid for."""
+    """g is an upper bound on the maximum over starts and steps, and every rollout step is paid for.
+    """
     agent = make(**SMALL)
     agent.learn(PER_UPDATE)
     meter = ProbeMeter()
     evaluator = BatchedEvaluator(agent.env.task, 32, 50.0, meter)
     g = evaluator(agent.space, np.stack([agent.w, agent.w * 1.1]))
-    values = evaluator.constraint_values(agent.space, torch.as_tensor(agent.w)[None]).amax(dim=-1)[0].numpy()
+    values = (
+        evaluator.constraint_values(agent.space, torch.as_tensor(agent.w)[None])
+        .amax(dim=-1)[0]
+        .numpy()
+    )
     assert (g[0] >= values).all()
     assert (g[0] <= values + np.log(32 * 30) / 50).all()
     assert meter.steps == (2 + 1) * 32 * 30
@@ -141,13 +172,21 @@ def test_evaluator_bounds_the_worst_value_and_charges_the_meter():
 
 
 def test_evaluator_agrees_with_the_environment():
-    """The batched rollouts and the Gymnasium environment are the same system: equal worst values from the same starts."""
+    """The batched rollouts and the Gymnasium environment are the same system: equal worst values
+    from the same starts.
+    """
     agent = make(**SMALL)
     agent.learn(PER_UPDATE * 3)
     evaluator = BatchedEvaluator(agent.env.task, 32, 50.0, ProbeMeter())
-    ours = evaluator.constraint_values(agent.space, torch.as_tensor(agent.w)[None]).amax(dim=-1)[0].numpy()
+    ours = (
+        evaluator.constraint_values(agent.space, torch.as_tensor(agent.w)[None])
+        .amax(dim=-1)[0]
+        .numpy()
+    )
     env = gym.make_vec(IMITATION, num_envs=32, vectorization_mode="vector_entry_point")
-    observations, _ = env.reset(options={"states": np.stack(agent.env.task.design_starts(32), axis=-1)})
+    observations, _ = env.reset(
+        options={"states": np.stack(agent.env.task.design_starts(32), axis=-1)}
+    )
     worst = np.full(3, -np.inf)
     for _ in range(30):
         observations, *_, info = env.step(agent.predict(observations, deterministic=True)[0])
@@ -165,9 +204,13 @@ def test_same_seed_same_parameters():
     assert (weights[0] == weights[1]).all()
 
 
-@pytest.mark.parametrize(("agent_class", "optimizer"), [(SCPO, "SGD"), (SCPO, "Adam"), (GradientDescent, "Adam")])
+@pytest.mark.parametrize(
+    ("agent_class", "optimizer"), [(SCPO, "SGD"), (SCPO, "Adam"), (GradientDescent, "Adam")]
+)
 def test_save_and_load_restore_the_learner(tmp_path, agent_class, optimizer):
-    """After loading, the next update is the one that would have been made: same proposal, memory, L, optimiser state."""
+    """After loading, the next update is the one that would have been made: same proposal, memory,
+    L, optimiser state.
+    """
     extra = SMALL if agent_class is SCPO else {"features": 16}
     agent = make(agent_class, optimizer=optimizer, learning_rate=0.05, **extra)
     agent.learn(PER_UPDATE * 3)
@@ -190,7 +233,9 @@ def test_works_as_any_sb3_algorithm():
 
 
 def test_final_policy_hands_over_to_the_backup():
-    """Stability: every held-out episode ends in the invariant set, and 1000 backup steps from there violate nothing."""
+    """Stability: every held-out episode ends in the invariant set, and 1000 backup steps from there
+    violate nothing.
+    """
     agent = make(learning_rate=0.3, **SMALL)
     agent.learn(PER_UPDATE * 30)
     env = gym.make_vec(IMITATION, num_envs=1000, vectorization_mode="vector_entry_point")
@@ -212,7 +257,10 @@ def test_final_policy_hands_over_to_the_backup():
     ("config", "message"),
     [
         ({"learning_rat": 0.1}, "learning_rat.*did you mean 'learning_rate'"),
-        ({"mode": "certifed"}, "mode: expected one of certified, verified.*did you mean 'certified'"),
+        (
+            {"mode": "certifed"},
+            "mode: expected one of certified, verified.*did you mean 'certified'",
+        ),
         ({"directions": 0}, "directions: must be at least 1"),
         ({"optimizer": "Sgd"}, "optimizer: expected a class of torch.optim"),
         ({"trust_radius": float("nan")}, "trust_radius: must be above 0"),
@@ -225,7 +273,9 @@ def test_bad_configuration_is_named(config, message):
 
 
 def test_environment_without_labels_is_refused():
-    """A supervised agent on a task without a supervisor says so instead of failing somewhere inside."""
+    """A supervised agent on a task without a supervisor says so instead of failing somewhere
+    inside.
+    """
     agent = make(task="scpo_bench/DoubleIntegratorRegulation-v0", **SMALL)
     with pytest.raises(ValueError, match="gives no info\\['expert_action'\\]"):
         agent.learn(100)

@@ -1,5 +1,5 @@
-"""Verification finds tampering, refuses what is no record, and touches nothing outside; bundles are the same bytes
-every time.
+"""Verification finds tampering, refuses what is no record, and touches nothing outside; bundles are
+the same bytes every time.
 """
 
 from __future__ import annotations
@@ -15,10 +15,32 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from synthetic_records import GOAL, IMITATION, folder_of, synthetic_cell, synthetic_updates, write_record, write_suite
+from synthetic_records import (
+    GOAL,
+    IMITATION,
+    folder_of,
+    synthetic_cell,
+    synthetic_updates,
+    write_record,
+    write_suite,
+)
 
-from scpo_bench.leaderboard.verify import MANIFEST_FILE, Refused, bundle, compare, safe_parts, verify
-from scpo_bench.records import COMPRESSED_UPDATES_FILE, RUN_FILE, UPDATES_FILE, RecordError, Update, read_updates
+from scpo_bench.records.files import (
+    COMPRESSED_UPDATES_FILE,
+    RUN_FILE,
+    UPDATES_FILE,
+    RecordError,
+    read_updates,
+)
+from scpo_bench.records.schema import Update
+from scpo_bench.submissions.verify import (
+    MANIFEST_FILE,
+    Refused,
+    bundle,
+    compare,
+    safe_parts,
+    verify,
+)
 
 
 @pytest.fixture
@@ -58,7 +80,12 @@ def test_honest_records_are_consistent(results):
     for path, runs in ((folder, 1), (results / "s", 8), (results, 8)):
         report = verify(path)
         assert report.ok, report.problems
-        assert (report.tier, report.runs, report.finished, report.sealed) == ("consistent", runs, runs, False)
+        assert (report.tier, report.runs, report.finished, report.sealed) == (
+            "consistent",
+            runs,
+            runs,
+            False,
+        )
         assert "consistent" in str(report)
 
 
@@ -70,7 +97,9 @@ def numbers_of(value: object, path: tuple[str, ...] = ()) -> list[tuple[str, ...
 
 
 def test_every_changed_number_in_the_updates_is_found(run_folder):
-    """Each number of a line, timing included, is changed by itself; verification must say no every time."""
+    """Each number of a line, timing included, is changed by itself; verification must say no every
+    time.
+    """
     original = (run_folder / COMPRESSED_UPDATES_FILE).read_bytes()
     lines = gzip.decompress(original).splitlines()
     paths = numbers_of(json.loads(lines[3]))
@@ -128,7 +157,16 @@ def test_a_changed_run_file_is_found(run_folder, field, value, named):
         lambda lines: [lines[1], lines[0], *lines[2:]],
         lambda lines: [],
     ],
-    ids=["cut", "doubled", "half a line more", "empty line", "space", "repeated field", "swapped", "emptied"],
+    ids=[
+        "cut",
+        "doubled",
+        "half a line more",
+        "empty line",
+        "space",
+        "repeated field",
+        "swapped",
+        "emptied",
+    ],
 )
 def test_a_changed_length_or_form_is_found(run_folder, change):
     """Lines taken away, added, reordered or written otherwise, though each number may stay."""
@@ -143,12 +181,16 @@ def test_a_forged_digest_does_not_help(tmp_path):
     violating = next(u.update for u in honest if u.iterate_violates)
 
     def forge(**fields: object) -> list[Update]:
-        return [Update(**{**u.model_dump(), **fields}) if u.update == violating else u for u in honest]
+        return [
+            Update(**{**u.model_dump(), **fields}) if u.update == violating else u for u in honest
+        ]
 
     forgeries = {
         "iterate_violates": {"iterate_violates": False},
         "iterate_cost": {"iterate_violates": None},
-        "violating_episodes": {"violating_episodes": 0 if honest[violating].violating_episodes else 1},
+        "violating_episodes": {
+            "violating_episodes": 0 if honest[violating].violating_episodes else 1
+        },
         "violating_steps": {"violating_steps": 0 if honest[violating].violating_steps else 1},
         "interaction_steps": {"interaction_steps": 0},
         "cost_mean": {"cost_mean": 1e6},
@@ -164,9 +206,13 @@ def test_a_forged_digest_does_not_help(tmp_path):
 
 
 def test_killed_and_failed_runs_are_consistent(tmp_path):
-    """A run that was killed mid-line, or failed before its first update, is an honest record of that."""
+    """A run that was killed mid-line, or failed before its first update, is an honest record of
+    that.
+    """
     killed = synthetic_cell("sgd", IMITATION, 0, 10)
-    folder = write_record(tmp_path, "s", killed, synthetic_updates(killed, 10)[:5], status="running")
+    folder = write_record(
+        tmp_path, "s", killed, synthetic_updates(killed, 10)[:5], status="running"
+    )
     with open(folder / UPDATES_FILE, "ab") as file:
         file.write(b'{"cost_max":1')
     failed = synthetic_cell("sgd", IMITATION, 1, 10)
@@ -198,7 +244,9 @@ def test_copies_and_strays_are_found(results):
 
 def test_both_forms_at_once_are_found(run_folder):
     """Which of two update files counts must never be a question."""
-    (run_folder / UPDATES_FILE).write_bytes(gzip.decompress((run_folder / COMPRESSED_UPDATES_FILE).read_bytes()))
+    (run_folder / UPDATES_FILE).write_bytes(
+        gzip.decompress((run_folder / COMPRESSED_UPDATES_FILE).read_bytes())
+    )
     assert any("one of them" in line for line in verify(run_folder).problems)
 
 
@@ -267,20 +315,31 @@ def test_a_huge_line_is_refused_without_reading_it(run_folder):
     assert "1000000000 bytes" in one_line(run_folder)
     path.unlink()
     # A gzip file may be many pieces one after the other: 1 MB of zeros, a thousand times.
-    (run_folder / COMPRESSED_UPDATES_FILE).write_bytes(1000 * gzip.compress(b"0" * 1_000_000, mtime=0))
+    (run_folder / COMPRESSED_UPDATES_FILE).write_bytes(
+        1000 * gzip.compress(b"0" * 1_000_000, mtime=0)
+    )
     assert "a line of more than" in one_line(run_folder)
-    (run_folder / COMPRESSED_UPDATES_FILE).write_bytes(1000 * gzip.compress(b"0\n" * 500_000, mtime=0))
+    (run_folder / COMPRESSED_UPDATES_FILE).write_bytes(
+        1000 * gzip.compress(b"0\n" * 500_000, mtime=0)
+    )
     assert "bytes of updates" in one_line(run_folder)
 
 
 def test_a_line_is_measured_across_pieces(run_folder, monkeypatch):
-    """Long lines must not hide at the seams of what is read at once; lines of just the allowed length pass the scan."""
-    from scpo_bench.leaderboard import verify as module
+    """Long lines must not hide at the seams of what is read at once; lines of just the allowed
+    length pass the scan.
+    """
+    from scpo_bench.submissions import verify as module
 
     monkeypatch.setattr(module, "MAX_LINE_BYTES", 10)
     monkeypatch.setattr(module, "_CHUNK", 10)
     path = run_folder / UPDATES_FILE
-    for text, fits in ((b"0123456789\n" * 5, True), (b"01\n" * 7, True), (b"01\n01234567890\n", False), (b"0" * 25, False)):
+    for text, fits in (
+        (b"0123456789\n" * 5, True),
+        (b"01\n" * 7, True),
+        (b"01\n01234567890\n", False),
+        (b"0" * 25, False),
+    ):
         path.write_bytes(text)
         if fits:
             assert module._scan_updates(path) == (hashlib.sha256(text).hexdigest(), True)
@@ -289,11 +348,15 @@ def test_a_line_is_measured_across_pieces(run_folder, monkeypatch):
                 module._scan_updates(path)
 
 
-@pytest.mark.parametrize("value", ["[" * 100_000 + "]" * 100_000, '{"a":' * 5000 + "1" + "}" * 5000])
+@pytest.mark.parametrize(
+    "value", ["[" * 100_000 + "]" * 100_000, '{"a":' * 5000 + "1" + "}" * 5000]
+)
 def test_deep_json_is_a_problem_not_a_crash(run_folder, value):
     """Nesting that exhausts a recursive parser is reported like any other damage."""
     text = (run_folder / RUN_FILE).read_text()
-    (run_folder / RUN_FILE).write_text(text.replace('"provenance": {', '"provenance": {"x": ' + value + ","))
+    (run_folder / RUN_FILE).write_text(
+        text.replace('"provenance": {', '"provenance": {"x": ' + value + ",")
+    )
     report = verify(run_folder)
     assert not report.ok
     assert all(len(line) < 400 and "\n" not in line for line in report.problems)
@@ -301,10 +364,17 @@ def test_deep_json_is_a_problem_not_a_crash(run_folder, value):
 
 @pytest.mark.parametrize("token", ["NaN", "Infinity", "-Infinity", "1e999"])
 def test_numbers_that_are_none_are_found(run_folder, token):
-    """NaN compares false with every limit: unchecked it would pass as safe. In free-form fields it breaks the key."""
+    """NaN compares false with every limit: unchecked it would pass as safe.
+
+    In free-form fields it breaks the key.
+    """
 
     def put(lines: list[bytes]) -> list[bytes]:
-        return [lines[0], lines[1].replace(b'"iterate_cost":0.0', f'"iterate_cost":{token}'.encode()), *lines[2:]]
+        return [
+            lines[0],
+            lines[1].replace(b'"iterate_cost":0.0', f'"iterate_cost":{token}'.encode()),
+            *lines[2:],
+        ]
 
     text = (run_folder / RUN_FILE).read_text()
     edit_lines(run_folder, put)
@@ -366,13 +436,25 @@ def test_bundles_verify_and_repeat(results, tmp_path, name):
     report = verify(output)
     assert report.ok, report.problems
     assert (report.sealed, report.runs) == (True, 8)
-    again = bundle(results, "s", tmp_path / "again" / name if name == "b" else tmp_path / f"again-{name}", planned)
+    again = bundle(
+        results,
+        "s",
+        tmp_path / "again" / name if name == "b" else tmp_path / f"again-{name}",
+        planned,
+    )
     if output.is_file():
-        assert hashlib.sha256(output.read_bytes()).digest() == hashlib.sha256(again.read_bytes()).digest()
+        assert (
+            hashlib.sha256(output.read_bytes()).digest()
+            == hashlib.sha256(again.read_bytes()).digest()
+        )
         with tarfile.open(output) as tar:
             names = tar.getnames()
             assert names[0] == f"s/{MANIFEST_FILE}"
-            assert {Path(n).name for n in names} == {MANIFEST_FILE, RUN_FILE, COMPRESSED_UPDATES_FILE}
+            assert {Path(n).name for n in names} == {
+                MANIFEST_FILE,
+                RUN_FILE,
+                COMPRESSED_UPDATES_FILE,
+            }
             assert {(m.uid, m.uname, m.mtime) for m in tar.getmembers()} == {(0, "", 0)}
             manifest = json.load(tar.extractfile(names[0]))  # type: ignore[arg-type]
     else:
@@ -381,7 +463,9 @@ def test_bundles_verify_and_repeat(results, tmp_path, name):
 
 
 def test_a_bundle_inside_a_results_folder_is_verified_as_one(results, tmp_path):
-    """Somebody's bundle, unpacked or not, beside one's own records: it keeps its seal, and its problems are told with its name."""
+    """Somebody's bundle, unpacked or not, beside one's own records: it keeps its seal, and its
+    problems are told with its name.
+    """
     bundle(results, "s", results / "theirs")
     bundle(results, "s", results / "theirs.tar.gz")
     report = verify(results)
@@ -397,7 +481,10 @@ def test_a_bundle_inside_a_results_folder_is_verified_as_one(results, tmp_path):
     assert "bundle theirs: notes.md: no part of a record" in one_line(results)
     (results / "theirs" / "notes.md").unlink()
     (run_file.parent / MANIFEST_FILE).write_text("{}")
-    assert f"bundle theirs: {run_file.parent.relative_to(results / 'theirs')}/{MANIFEST_FILE}: no part" in one_line(results)
+    assert (
+        f"bundle theirs: {run_file.parent.relative_to(results / 'theirs')}/{MANIFEST_FILE}: no part"
+        in one_line(results)
+    )
     # Nothing but bundles is a results folder, too.
     other = tmp_path / "other"
     bundle(results, "s", other / "theirs")
@@ -409,7 +496,11 @@ def test_bundles_hold_records_only(results, tmp_path):
     folder = folder_of(results, "s", synthetic_cell("scpo", IMITATION, 0, 4))
     (folder / "traceback.txt").write_text("File /home/me/secret.py")
     output = bundle(results, "s", tmp_path / "b")
-    assert {p.name for p in output.rglob("*") if p.is_file()} == {MANIFEST_FILE, RUN_FILE, COMPRESSED_UPDATES_FILE}
+    assert {p.name for p in output.rglob("*") if p.is_file()} == {
+        MANIFEST_FILE,
+        RUN_FILE,
+        COMPRESSED_UPDATES_FILE,
+    }
 
 
 def test_bundling_needs_consistent_records_and_a_free_place(results, tmp_path):
@@ -426,7 +517,9 @@ def test_bundling_needs_consistent_records_and_a_free_place(results, tmp_path):
 
 
 def test_tampering_with_a_bundle_is_found(results, tmp_path):
-    """The aggregate, the provenance, a file's bytes, a missing file, an extra one: the manifest knows them all."""
+    """The aggregate, the provenance, a file's bytes, a missing file, an extra one: the manifest
+    knows them all.
+    """
     output = bundle(results, "s", tmp_path / "b")
     manifest = output / MANIFEST_FILE
     text = manifest.read_text()
@@ -440,14 +533,20 @@ def test_tampering_with_a_bundle_is_found(results, tmp_path):
         finally:
             manifest.write_text(text)
 
-    assert "violating_iterates" in problems(lambda m: m["rows"][1].update(violating_iterates=0, verdict="safe throughout"))
+    assert "violating_iterates" in problems(
+        lambda m: m["rows"][1].update(violating_iterates=0, verdict="safe throughout")
+    )
     assert "score" in problems(lambda m: m["rows"][0].update(score=m["rows"][0]["score"] + 1e-3))
     assert "rows" in problems(lambda m: m["rows"].pop())
-    assert "seeds_missing" in problems(lambda m: m["planned"].append(synthetic_cell("sgd", GOAL, 9, 4).model_dump()))
+    assert "seeds_missing" in problems(
+        lambda m: m["planned"].append(synthetic_cell("sgd", GOAL, 9, 4).model_dump())
+    )
     assert "suite" in problems(lambda m: m.update(suite="other"))
     name = next(iter(json.loads(text)["files"]))
     assert "not in the manifest" in problems(lambda m: m["files"].pop(name))
-    assert "not there" in problems(lambda m: m["files"].update({"../../etc/passwd": {"sha256": "0" * 64, "bytes": 1}}))
+    assert "not there" in problems(
+        lambda m: m["files"].update({"../../etc/passwd": {"sha256": "0" * 64, "bytes": 1}})
+    )
     run_file = next(output.rglob(RUN_FILE))
     original = run_file.read_text()
     # Same length, and nothing else depends on it: only the hash can tell.
@@ -517,13 +616,17 @@ def test_hostile_archives_are_refused(tmp_path, monkeypatch, hostile, named):
 
 def test_archives_that_repeat_a_name_are_refused(tmp_path):
     """The second must not replace the first after it was looked at."""
-    path = archive_of(tmp_path / "b.tar.gz", [(member("s/run.json"), b"{}"), (member("s/run.json"), b"{}")])
+    path = archive_of(
+        tmp_path / "b.tar.gz", [(member("s/run.json"), b"{}"), (member("s/run.json"), b"{}")]
+    )
     assert "not a readable" in one_line(path)
 
 
 def test_archive_bombs_are_refused(tmp_path, monkeypatch):
-    """A few megabytes that expand to gigabytes, as a file or hidden in an extended header, stop at the bound."""
-    from scpo_bench.leaderboard import verify as module
+    """A few megabytes that expand to gigabytes, as a file or hidden in an extended header, stop at
+    the bound.
+    """
+    from scpo_bench.submissions import verify as module
 
     monkeypatch.setattr(module, "MAX_ARCHIVE_EXPANDED_BYTES", 20_000_000)
     monkeypatch.setattr(module, "MAX_STORED_BYTES", 50_000_000)
@@ -539,7 +642,13 @@ def test_archive_bombs_are_refused(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"PK\x03\x04 a zip", gzip.compress(b"no tar", mtime=0), gzip.compress(b"x" * 1024, mtime=0)[:-6]]
+    "content",
+    [
+        b"",
+        b"PK\x03\x04 a zip",
+        gzip.compress(b"no tar", mtime=0),
+        gzip.compress(b"x" * 1024, mtime=0)[:-6],
+    ],
 )
 def test_files_that_are_no_archive(tmp_path, content):
     """Anything else ends in one line."""
@@ -576,17 +685,30 @@ def test_refusals_are_record_errors():
 
 
 def test_compare(tmp_path):
-    """Equal but for timing is equal; a difference is placed at the first update that shows it, with the versions beside
-    it.
+    """Equal but for timing is equal; a difference is placed at the first update that shows it, with
+    the versions beside it.
     """
     cell = synthetic_cell("scpo", IMITATION, 0, 5)
     updates = synthetic_updates(cell, 5)
     a = write_record(tmp_path / "a", "s", cell, updates)
-    slower = [Update(**{**u.model_dump(), "wall_time_s": 2 * u.wall_time_s, "steps_per_s": u.steps_per_s / 2}) for u in updates]
+    slower = [
+        Update(
+            **{**u.model_dump(), "wall_time_s": 2 * u.wall_time_s, "steps_per_s": u.steps_per_s / 2}
+        )
+        for u in updates
+    ]
     b = write_record(tmp_path / "b", "s", cell, slower, provenance={"versions": {"torch": "9"}})
     assert compare(a, b) == []
     changed = [
-        Update(**{**u.model_dump(), "iterate_return": 7.0, "diagnostics": {**u.diagnostics, "loss": 0.0}}) if u.update >= 3 else u
+        Update(
+            **{
+                **u.model_dump(),
+                "iterate_return": 7.0,
+                "diagnostics": {**u.diagnostics, "loss": 0.0},
+            }
+        )
+        if u.update >= 3
+        else u
         for u in updates
     ]
     c = write_record(tmp_path / "c", "s", cell, changed, provenance={"versions": {"torch": "9"}})

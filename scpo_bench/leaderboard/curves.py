@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from scpo_bench.records import Cell, Update
+from scpo_bench.records.schema import Cell, Update
 
 Floats = npt.NDArray[np.float64]
 SERIES = (
@@ -24,8 +24,9 @@ SERIES = (
 
 @dataclass
 class RunCurves:
-    """One run: value of each series at every update, nan where it was not measured. Arrays are [updates], update 0
-    first.
+    """One run: value of each series at every update, nan where it was not measured.
+
+    Arrays are [updates], update 0 first.
     """
 
     cell: Cell
@@ -50,7 +51,9 @@ class RunCurves:
 
     def constraints(self) -> list[str]:
         """Names of the constraints that the agent recorded a bound and a realised value for."""
-        bounds = [name.removeprefix("bound/") for name in self.diagnostics if name.startswith("bound/")]
+        bounds = [
+            name.removeprefix("bound/") for name in self.diagnostics if name.startswith("bound/")
+        ]
         return [name for name in bounds if f"realised/{name}" in self.diagnostics]
 
 
@@ -64,8 +67,8 @@ def stack(curves: Sequence[Floats]) -> Floats:
 
 
 def band(curves: Sequence[Floats]) -> tuple[Floats, Floats, Floats, Floats]:
-    """(updates, lower quartile, median, upper quartile) over runs, at the updates where any run was measured. Arrays
-    are [points].
+    """(updates, lower quartile, median, upper quartile) over runs, at the updates where any run was
+    measured. Arrays are [points].
     """
     stacked = stack(curves)
     measured = np.flatnonzero(~np.isnan(stacked).all(axis=0))
@@ -79,14 +82,19 @@ def share(curves: Sequence[Floats]) -> tuple[Floats, Floats]:
     """(updates, share of the measured runs with value 1). Arrays are [points]."""
     stacked = stack(curves)
     measured = np.flatnonzero(~np.isnan(stacked).all(axis=0))
-    return measured.astype(float), np.nanmean(stacked[:, measured], axis=0) if measured.size else np.zeros(0)
+    return measured.astype(float), np.nanmean(
+        stacked[:, measured], axis=0
+    ) if measured.size else np.zeros(0)
 
 
-def robust_range(values: Sequence[Floats], always: Sequence[float] = ()) -> tuple[float, float, float | None] | None:
-    """(low, high, largest) of what to show: nearly all values and all of ``always``; None if there is nothing.
+def robust_range(
+    values: Sequence[Floats], always: Sequence[float] = ()
+) -> tuple[float, float, float | None] | None:
+    """(low, high, largest) of what to show: nearly all values and all of ``always``; None if there
+    is nothing.
 
-    One diverging agent would flatten all the others, so far outliers above are left out; then ``largest`` is how far
-    they reach.
+    One diverging agent would flatten all the others, so far outliers above are left out; then
+    ``largest`` is how far they reach.
     """
     known = np.concatenate([v[np.isfinite(v)] for v in values]) if values else np.zeros(0)
     fixed = [v for v in always if math.isfinite(v)]

@@ -1,10 +1,12 @@
-"""What one run's record says: every per-run column of the leaderboard, computed from the raw updates alone.
+"""What one run's record says: every per-run column of the leaderboard, computed from the raw
+updates alone.
 
-Definitions, once. d is the cost limit. Update k collected n_k finished episodes with mean cost C_k. An *iterate*
-violates if its deterministic evaluation exceeds the limit (as recorded in ``iterate_violates``); a *step* violates if
-its cost is positive; an *episode* violates if its cost exceeds d. Update 0 is the start policy: the reference that
-runs are compared with, never counted among the updates. Not measured is nan; a time that did not come within the run
-is inf ("never"), so it can be ranked but not averaged.
+Definitions, once. d is the cost limit. Update k collected n_k finished episodes with mean cost C_k.
+An *iterate* violates if its deterministic evaluation exceeds the limit (as recorded in
+``iterate_violates``); a *step* violates if its cost is positive; an *episode* violates if its cost
+exceeds d. Update 0 is the start policy: the reference that runs are compared with, never counted
+among the updates. Not measured is nan; a time that did not come within the run is inf ("never"), so
+it can be ranked but not averaged.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from scpo_bench.leaderboard.references import gap_closed
 from scpo_bench.leaderboard.statistics import cvar
-from scpo_bench.records import Update
-from scpo_bench.references import gap_closed
+from scpo_bench.records.schema import Update
 
 Floats = npt.NDArray[np.float64]
 NEVER = math.inf
@@ -27,8 +29,10 @@ NEVER = math.inf
 
 @dataclass(frozen=True)
 class RunMetrics:
-    """One run in numbers. Costs in cost units per episode, values in the constraint's own signed unit (violated where
-    > 0).
+    """One run in numbers.
+
+    Costs in cost units per episode, values in the constraint's own signed unit (violated where >
+    0).
     """
 
     # outcome: the last evaluated iterate, on held-out starts, and the start policy's own evaluation
@@ -48,10 +52,14 @@ class RunMetrics:
     final_violates: float
     """1, 0, or nan."""
     final_training_return: float
-    """Mean return of the episodes of the last update that finished any: the exploring policy, not the evaluated one."""
+    """Mean return of the episodes of the last update that finished any: the exploring policy, not
+    the evaluated one.
+    """
     final_training_cost: float
     gap_closed: float
-    """Share of the gap between backup and oracle that the final iterate closes (1: as good as the oracle)."""
+    """Share of the gap between backup and oracle that the final iterate closes (1: as good as the
+    oracle).
+    """
 
     # during training
     updates: int
@@ -92,7 +100,9 @@ class RunMetrics:
     first_violating_step: float
     """Interaction steps at that update."""
     safe_from_update: float
-    """First evaluated update from which on nothing violates: 0 if nothing ever does, never if the last iterate does."""
+    """First evaluated update from which on nothing violates: 0 if nothing ever does, never if the
+    last iterate does.
+    """
     safe_from_step: float
 
     # trust
@@ -107,7 +117,9 @@ COLUMNS = tuple(field.name for field in fields(RunMetrics))
 
 def _column(updates: Sequence[Update], name: str) -> Floats:
     """[updates] values of one field, nan where it was not measured."""
-    return np.array([math.nan if (value := getattr(u, name)) is None else value for u in updates], dtype=float)
+    return np.array(
+        [math.nan if (value := getattr(u, name)) is None else value for u in updates], dtype=float
+    )
 
 
 def _ratio(part: float, whole: float) -> float:
@@ -129,13 +141,16 @@ def longest_run(flags: npt.NDArray[np.bool_]) -> int:
     return longest
 
 
-def episode_cost_cvar(counts: Floats, means: Floats, maxima: Floats, level: float = 0.95) -> tuple[float, float]:
-    """(lower, upper) bound of the CVaR of episode cost, where each update recorded only n_k, C_k and the largest cost
-    M_k.
+def episode_cost_cvar(
+    counts: Floats, means: Floats, maxima: Floats, level: float = 0.95
+) -> tuple[float, float]:
+    """(lower, upper) bound of the CVaR of episode cost, where each update recorded only n_k, C_k
+    and the largest cost M_k.
 
-    counts, means, maxima: [updates], all with n_k > 0. CVaR respects the convex order. Replacing an update's episodes
-    by their mean lowers it; spreading them to the ends 0 and M_k with the same mean raises it, and costs lie in [0,
-    M_k]. The bounds agree where an update finishes a single episode. (nan, nan) without episodes.
+    counts, means, maxima: [updates], all with n_k > 0. CVaR respects the convex order. Replacing an
+    update's episodes by their mean lowers it; spreading them to the ends 0 and M_k with the same
+    mean raises it, and costs lie in [0, M_k]. The bounds agree where an update finishes a single
+    episode. (nan, nan) without episodes.
     """
     if not counts.size:
         return math.nan, math.nan
@@ -145,10 +160,14 @@ def episode_cost_cvar(counts: Floats, means: Floats, maxima: Floats, level: floa
     return cvar(means, level, counts), cvar(ends, level, weights)
 
 
-def measure(updates: Sequence[Update], cost_limit: float, reference: dict[str, Any] | None = None) -> RunMetrics:
-    """All metrics of a run whose updates are ``updates`` (update 0 first; possibly cut short), with cost limit d.
+def measure(
+    updates: Sequence[Update], cost_limit: float, reference: dict[str, Any] | None = None
+) -> RunMetrics:
+    """All metrics of a run whose updates are ``updates`` (update 0 first; possibly cut short), with
+    cost limit d.
 
-    reference: the task's entry of :func:`scpo_bench.references.load_references`. Raises ValueError for an empty record.
+    reference: the task's entry of :func:`scpo_bench.leaderboard.references.load_references`. Raises
+    ValueError for an empty record.
     """
     if not updates:
         raise ValueError("no updates recorded")
@@ -187,7 +206,10 @@ def measure(updates: Sequence[Update], cost_limit: float, reference: dict[str, A
 
     last = updates[-1]
     collected = last.interaction_steps - start.interaction_steps
-    violating_steps, violating_episodes = sum(u.violating_steps for u in rest), sum(u.violating_episodes for u in rest)
+    violating_steps, violating_episodes = (
+        sum(u.violating_steps for u in rest),
+        sum(u.violating_episodes for u in rest),
+    )
     total_episodes = int(episodes.sum())
     max_excess = float(excess.max()) if excess.size else math.nan
     final_cost, final_objective = of(final, "iterate_cost"), of(final, "iterate_objective")

@@ -1,7 +1,7 @@
 """Keeps a leaderboard inside a Markdown file equal to what the records give.
 
-``python -m scpo_bench.leaderboard.readme README.md results paper`` replaces the text between the suite's two marker
-comments.
+``python -m scpo_bench.leaderboard.readme README.md results paper`` replaces the text between the
+suite's two marker comments.
 """
 
 from __future__ import annotations
@@ -9,24 +9,33 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from scpo_bench.benchmark import PACKAGED_FILE, cells, load_benchmarks, run_folder
 from scpo_bench.leaderboard.render import render
 from scpo_bench.leaderboard.tables import leaderboard, load
-from scpo_bench.records import write_atomically
+from scpo_bench.records.files import write_atomically
+from scpo_bench.suites.cells import cells, run_folder
+from scpo_bench.suites.schema import PACKAGED_FILE, load_benchmarks
 
 
 def markers(suite: str) -> tuple[str, str]:
-    return f"<!-- leaderboard {suite}: generated, do not edit -->", f"<!-- end of leaderboard {suite} -->"
+    return (
+        f"<!-- leaderboard {suite}: generated, do not edit -->",
+        f"<!-- end of leaderboard {suite} -->",
+    )
 
 
 def generated(results: Path, suite: str) -> str:
     """The suite's leaderboard in Markdown, with its planned cells, as it should stand in the file.
 
-    Tasks that nobody has run yet are named below the tables, instead of a table of missing runs each.
+    Tasks that nobody has run yet are named below the tables, instead of a table of missing runs
+    each.
     """
     planned = cells(load_benchmarks(PACKAGED_FILE).suites[suite])
-    begun = {cell.task for cell in planned if run_folder(results, suite, cell).parent.parent.is_dir()}
-    table = render(leaderboard(load(results, suite, [cell for cell in planned if cell.task in begun])), "md")
+    begun = {
+        cell.task for cell in planned if run_folder(results, suite, cell).parent.parent.is_dir()
+    }
+    table = render(
+        leaderboard(load(results, suite, [cell for cell in planned if cell.task in begun])), "md"
+    )
     # Headings below the file's own sections.
     lines = ["#" + line if line.startswith("##") else line for line in table.strip().splitlines()]
     left = [task for task in dict.fromkeys(cell.task for cell in planned) if task not in begun]
@@ -47,7 +56,8 @@ def main() -> None:
     begin, end = markers(suite)
     old = current(text, suite)
     new = text.replace(
-        f"{begin}\n\n{old}\n\n{end}" if old else f"{begin}\n{end}", f"{begin}\n\n{generated(results, suite)}\n\n{end}"
+        f"{begin}\n\n{old}\n\n{end}" if old else f"{begin}\n{end}",
+        f"{begin}\n\n{generated(results, suite)}\n\n{end}",
     )
     write_atomically(file, new.encode("utf-8"))
 

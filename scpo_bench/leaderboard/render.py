@@ -1,7 +1,8 @@
 """Shows a leaderboard: as a terminal table, Markdown, LaTeX, CSV or JSON.
 
-Terminal, Markdown and LaTeX show the headline columns, one table per task; CSV and JSON hold every column. What was not
-measured is "–" (empty in CSV, null in JSON); a time that did not come is "never" everywhere. Names and messages come
+Terminal, Markdown and LaTeX show the headline columns, one table per task; CSV and JSON hold every
+column. What was not measured is "–" (empty in CSV, null in JSON); a time that did not come is
+"never" everywhere. Names and messages come
 from records, which are untrusted: every format escapes them.
 """
 
@@ -35,14 +36,26 @@ from scpo_bench.leaderboard.tables import (
 )
 
 Row = dict[str, Any]
-NEVER_COLUMNS = frozenset(name for name in COLUMNS if name.startswith(("first_violating_", "safe_from_")))
+NEVER_COLUMNS = frozenset(
+    name for name in COLUMNS if name.startswith(("first_violating_", "safe_from_"))
+)
 _UNKNOWN = "–"
-_STYLES = {SAFE: "green", SAFE_AT_THE_END: "yellow", UNDECIDED: "yellow", UNSAFE: "red", NO_RESULT: "dim"}
+_STYLES = {
+    SAFE: "green",
+    SAFE_AT_THE_END: "yellow",
+    UNDECIDED: "yellow",
+    UNSAFE: "red",
+    NO_RESULT: "dim",
+}
 
 
 def printable(text: object, limit: int = 600) -> str:
-    """``text`` on one line, without control characters: a record's text must not steer a terminal or break a row."""
-    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text)[:limit])
+    """``text`` on one line, without control characters: a record's text must not steer a terminal
+    or break a row.
+    """
+    shown = "".join(
+        c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text)[:limit]
+    )
     return shown + "..." * (len(str(text)) > limit)
 
 
@@ -105,7 +118,11 @@ def _objective(row: Row) -> str:
 
 def _gap(row: Row) -> str:
     shown = percent(math.nan if row["verdict"] == NO_RESULT else row["gap_closed"])
-    return _interval(shown, row["gap_closed_low"], row["gap_closed_high"], percent) if shown != _UNKNOWN else shown
+    return (
+        _interval(shown, row["gap_closed_low"], row["gap_closed_high"], percent)
+        if shown != _UNKNOWN
+        else shown
+    )
 
 
 def _short_return(row: Row) -> str:
@@ -120,7 +137,9 @@ def _return(row: Row) -> str:
 
 def _cost(row: Row) -> str:
     # Costs are not negative, Student's interval does not know.
-    return _interval(number(row["cost_final"]), max(0.0, row["cost_final_low"]), row["cost_final_high"], number)
+    return _interval(
+        number(row["cost_final"]), max(0.0, row["cost_final_low"]), row["cost_final_high"], number
+    )
 
 
 def _percent(share: float) -> str:
@@ -129,7 +148,11 @@ def _percent(share: float) -> str:
 
 def _iterates(row: Row) -> str:
     total = row["evaluated_iterates"]
-    return f"{row['violating_iterates']}/{total} {_percent(row['violating_iterate_share'])}" if total else _UNKNOWN
+    return (
+        f"{row['violating_iterates']}/{total} {_percent(row['violating_iterate_share'])}"
+        if total
+        else _UNKNOWN
+    )
 
 
 def _verdict(row: Row) -> str:
@@ -144,7 +167,9 @@ def _short_verdict(row: Row) -> str:
 
 @dataclass(frozen=True)
 class Headline:
-    """One shown column: its heading (in lines), how a row's cell reads, and how it reads where there is little room."""
+    """One shown column: its heading (in lines), how a row's cell reads, and how it reads where
+    there is little room.
+    """
 
     heading: str
     cell: Callable[[Row], str]
@@ -190,7 +215,9 @@ _LIMITED = (
 
 
 def headline(rows: list[Row]) -> tuple[Headline, ...]:
-    """The columns to show for a task: by objective and constraint value where it has them, else by return and cost."""
+    """The columns to show for a task: by objective and constraint value where it has them, else by
+    return and cost.
+    """
     measured = any(not math.isnan(row["objective_final"]) for row in rows)
     return _SIGNED if measured else _LIMITED
 
@@ -198,7 +225,11 @@ def headline(rows: list[Row]) -> tuple[Headline, ...]:
 def tasks(table: pd.DataFrame) -> Iterator[tuple[str, str, list[Row]]]:
     """(suite, task, rows in order) of a leaderboard."""
     for (suite, task), group in table.groupby(["suite", "task"], sort=False):
-        yield str(suite), str(task), [{str(k): v for k, v in row.items()} for row in group.to_dict("records")]
+        yield (
+            str(suite),
+            str(task),
+            [{str(k): v for k, v in row.items()} for row in group.to_dict("records")],
+        )
 
 
 def _limit(rows: list[Row]) -> str:
@@ -212,7 +243,9 @@ def notes(table: pd.DataFrame) -> list[str]:
     """What a reader must know beside the numbers, one line each, as plain text."""
     found = []
     if table["preliminary"].any():
-        found.append(f"preliminary: fewer than {PRELIMINARY_BELOW} finished seeds; intervals are too narrow")
+        found.append(
+            f"preliminary: fewer than {PRELIMINARY_BELOW} finished seeds; intervals are too narrow"
+        )
     if table["tied"].any():
         found.append("=: a tie, the 95 % intervals overlap")
     present = [verdict for verdict in VERDICTS if (table["verdict"] == verdict).any()]
@@ -226,7 +259,11 @@ def _aggregate_rows(aggregates: list[Aggregate]) -> tuple[list[str], list[list[s
     """(headings, cells): score over all tasks, and the chance to beat each other agent."""
 
     def estimate(e: Estimate) -> str:
-        return _interval(percent(e.value), e.low, e.high, percent) if not math.isnan(e.value) else _UNKNOWN
+        return (
+            _interval(percent(e.value), e.low, e.high, percent)
+            if not math.isnan(e.value)
+            else _UNKNOWN
+        )
 
     names = [a.agent for a in aggregates]
     headings = ["agent", "tasks", "% runs without\nviolation", "% of gap closed\n(IQM)"]
@@ -243,7 +280,10 @@ _AGGREGATE_TITLE = "All tasks with committed constants"
 
 
 def render(table: pd.DataFrame, format: str, title: str = "") -> str:
-    """A leaderboard as "md", "latex", "csv" or "json" text, ending in a newline. ValueError for another format."""
+    """A leaderboard as "md", "latex", "csv" or "json" text, ending in a newline.
+
+    ValueError for another format.
+    """
     writers = {"md": _markdown, "latex": _latex, "csv": _csv, "json": _json}
     if format not in writers:
         raise ValueError(f"format: expected one of {', '.join(writers)}, got {format!r}")
@@ -253,7 +293,9 @@ def render(table: pd.DataFrame, format: str, title: str = "") -> str:
 def _terminal_table(title: Text, headings: list[tuple[str, bool]], rows: list[list[Text]]) -> Table:
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, title=title, title_justify="left")
     for heading, left in headings:
-        shown.add_column(Text(heading), justify="left" if left else "right", vertical="top", overflow="fold")
+        shown.add_column(
+            Text(heading), justify="left" if left else "right", vertical="top", overflow="fold"
+        )
     for row in rows:
         shown.add_row(*row)
     return shown
@@ -273,9 +315,13 @@ def print_table(table: pd.DataFrame, console: Console, title: str = "") -> None:
         parts.append(_terminal_table(name, [(c.heading, c.left) for c in columns], cells))
     for suite, aggregates in table.attrs.get("aggregates", {}).items():
         headings, lines = _aggregate_rows(aggregates)
-        name = Text(_AGGREGATE_TITLE, style="bold").append(f"  suite {printable(suite)}", style="not bold dim")
+        name = Text(_AGGREGATE_TITLE, style="bold").append(
+            f"  suite {printable(suite)}", style="not bold dim"
+        )
         numbered = [(heading, i == 0) for i, heading in enumerate(headings)]
-        parts.append(_terminal_table(name, numbered, [[Text(cell) for cell in line] for line in lines]))
+        parts.append(
+            _terminal_table(name, numbered, [[Text(cell) for cell in line] for line in lines])
+        )
     for note in notes(table):
         text = Text(f"† {note}" if note.startswith("preliminary") else note)
         text.stylize("red" if note.startswith(("at the floor", "left out")) else "dim")
@@ -302,9 +348,17 @@ def _markdown(table: pd.DataFrame, title: str) -> str:
     for suite, task, rows in tasks(table):
         columns = headline(rows)
         where = "" if suite == title else f", suite {_markdown_text(printable(suite))}"
-        lines += [f"### {_markdown_text(printable(task))}", "", f"{_limit(rows).capitalize()}{where}.", ""]
+        lines += [
+            f"### {_markdown_text(printable(task))}",
+            "",
+            f"{_limit(rows).capitalize()}{where}.",
+            "",
+        ]
         cells = [[column.cell(row) for column in columns] for row in rows]
-        lines += [*_markdown_table([c.words for c in columns], [c.left for c in columns], cells), ""]
+        lines += [
+            *_markdown_table([c.words for c in columns], [c.left for c in columns], cells),
+            "",
+        ]
     for suite, aggregates in table.attrs.get("aggregates", {}).items():
         headings, cells = _aggregate_rows(aggregates)
         lines += [f"### {_AGGREGATE_TITLE}, suite {_markdown_text(printable(suite))}", ""]
@@ -339,22 +393,31 @@ def _latex_heading(text: str) -> str:
     return lines[0] if len(lines) == 1 else r"\shortstack{" + r" \\ ".join(lines) + "}"
 
 
-def _latex_table(caption: str, headings: list[str], lefts: list[bool], rows: list[list[str]]) -> list[str]:
+def _latex_table(
+    caption: str, headings: list[str], lefts: list[bool], rows: list[list[str]]
+) -> list[str]:
     lines = [r"\begin{table}", r"\centering", rf"\caption{{{_latex_text(caption)}}}"]
-    lines += [rf"\begin{{tabular}}{{{''.join('l' if left else 'r' for left in lefts)}}}", r"\toprule"]
+    lines += [
+        rf"\begin{{tabular}}{{{''.join('l' if left else 'r' for left in lefts)}}}",
+        r"\toprule",
+    ]
     lines += [" & ".join(map(_latex_heading, headings)) + r" \\", r"\midrule"]
     lines += [" & ".join(map(_latex_text, row)) + r" \\" for row in rows]
     return [*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}"]
 
 
 def _latex(table: pd.DataFrame, title: str) -> str:
-    """Tables for ``booktabs``; notes as comments, since what to say of them is the paper's business."""
+    """Tables for ``booktabs``; notes as comments, since what to say of them is the paper's
+    business.
+    """
     lines = ["% needs \\usepackage{booktabs}"]
     for suite, task, rows in tasks(table):
         columns = headline(rows)
         caption = f"{printable(task)} (suite {printable(suite)}; {_limit(rows)})."
         cells = [[column.cell(row) for column in columns] for row in rows]
-        lines += _latex_table(caption, [c.heading for c in columns], [c.left for c in columns], cells)
+        lines += _latex_table(
+            caption, [c.heading for c in columns], [c.left for c in columns], cells
+        )
     for suite, aggregates in table.attrs.get("aggregates", {}).items():
         headings, cells = _aggregate_rows(aggregates)
         caption = f"{_AGGREGATE_TITLE} (suite {printable(suite)})."
@@ -398,7 +461,10 @@ def _csv(table: pd.DataFrame, title: str) -> str:
 
 
 def _plain_estimate(e: Estimate) -> dict[str, float | None]:
-    return {name: _plain("", value) for name, value in (("value", e.value), ("low", e.low), ("high", e.high))}
+    return {
+        name: _plain("", value)
+        for name, value in (("value", e.value), ("low", e.low), ("high", e.high))
+    }
 
 
 def plain_aggregates(table: pd.DataFrame) -> dict[str, list[Row]]:
@@ -411,7 +477,10 @@ def plain_aggregates(table: pd.DataFrame) -> dict[str, list[Row]]:
                 "clean_runs": _plain_estimate(a.clean_runs),
                 "score": _plain_estimate(a.score),
                 "improvement": {other: _plain_estimate(e) for other, e in a.improvement.items()},
-                "profile": {name: [_plain("", value) for value in values] for name, values in asdict(a.profile).items()},
+                "profile": {
+                    name: [_plain("", value) for value in values]
+                    for name, values in asdict(a.profile).items()
+                },
             }
             for a in aggregates
         ]

@@ -1,9 +1,11 @@
-"""Statistics over seeds: what a handful of runs says about an agent, with intervals. Pure functions of arrays.
+"""Statistics over seeds: what a handful of runs says about an agent, with intervals.
 
-Scores of one agent are a list with one array per task (strata), each with one score per seed: ``[array(seeds of task
-1), ...]``. Definitions follow Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice",
-arXiv 2108.13264 (IQM, stratified bootstrap, probability of improvement, performance profiles). Every interval repeats
-exactly for a given seed.
+Pure functions of arrays.
+
+Scores of one agent are a list with one array per task (strata), each with one score per seed:
+``[array(seeds of task 1), ...]``. Definitions follow Agarwal et al., "Deep Reinforcement Learning
+at the Edge of the Statistical Precipice", arXiv 2108.13264 (IQM, stratified bootstrap, probability
+of improvement, performance profiles). Every interval repeats exactly for a given seed.
 """
 
 from __future__ import annotations
@@ -22,21 +24,23 @@ SEED = 20251213
 """Of all resampling. A constant, so that a leaderboard is a function of its records."""
 RESAMPLES = 2000
 PRELIMINARY_BELOW = 10
-"""Fewer seeds than this and percentile intervals cover too little (95 % nominal: 77 % with 3 seeds, 92 % with 5, 94 %
-with 10).
+"""Fewer seeds than this and percentile intervals cover too little (95 % nominal: 77 % with 3 seeds,
+92 % with 5, 94 % with 10).
 """
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and its confidence interval; low and high are nan where there is too little to tell."""
+    """A number and its confidence interval; low and high are nan where there is too little to tell.
+    """
 
     value: float
     low: float
     high: float
 
     def overlaps(self, other: Estimate) -> bool:
-        """Whether the data leave open which is larger. An unknown interval leaves everything open."""
+        """Whether the data leave open which is larger. An unknown interval leaves everything open.
+        """
         if any(map(math.isnan, (self.low, self.high, other.low, other.high))):
             return True
         return self.low <= other.high and other.low <= self.high
@@ -46,8 +50,8 @@ UNKNOWN = Estimate(math.nan, math.nan, math.nan)
 
 
 def iqm(scores: npt.ArrayLike) -> float:
-    """Interquartile mean: the mean without the lowest and the highest quarter (floor(n / 4) scores each). nan if
-    empty.
+    """Interquartile mean: the mean without the lowest and the highest quarter (floor(n / 4) scores
+    each). nan if empty.
     """
     flat = np.asarray(scores, dtype=float).ravel()
     return float(stats.trim_mean(flat, 0.25)) if flat.size else math.nan
@@ -57,9 +61,11 @@ def _iqm_of_strata(*strata: Floats, axis: int = -1) -> Any:
     return stats.trim_mean(np.concatenate(strata, axis=axis), 0.25, axis=axis)
 
 
-def _interval(samples: Sequence[Floats], statistic: Any, seed: int, level: float, resamples: int) -> tuple[float, float]:
-    """Percentile interval of ``statistic`` under resampling each of ``samples`` apart; nan if one of them has a
-    single score.
+def _interval(
+    samples: Sequence[Floats], statistic: Any, seed: int, level: float, resamples: int
+) -> tuple[float, float]:
+    """Percentile interval of ``statistic`` under resampling each of ``samples`` apart; nan if one
+    of them has a single score.
     """
     if any(len(sample) < 2 for sample in samples):
         return math.nan, math.nan
@@ -85,21 +91,30 @@ def _strata(scores: Sequence[npt.ArrayLike]) -> list[Floats]:
 
 
 def iqm_interval(
-    scores: Sequence[npt.ArrayLike], *, seed: int = SEED, level: float = 0.95, resamples: int = RESAMPLES
+    scores: Sequence[npt.ArrayLike],
+    *,
+    seed: int = SEED,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
 ) -> Estimate:
-    """IQM of all scores of all tasks, with a bootstrap interval stratified by task. scores: per task [seeds].
+    """IQM of all scores of all tasks, with a bootstrap interval stratified by task. scores: per
+    task [seeds].
 
-    Raises ValueError for nan. UNKNOWN without scores; the interval is nan where a task has a single seed.
+    Raises ValueError for nan. UNKNOWN without scores; the interval is nan where a task has a single
+    seed.
     """
     strata = _strata(scores)
     if not strata:
         return UNKNOWN
-    return Estimate(iqm(np.concatenate(strata)), *_interval(strata, _iqm_of_strata, seed, level, resamples))
+    return Estimate(
+        iqm(np.concatenate(strata)), *_interval(strata, _iqm_of_strata, seed, level, resamples)
+    )
 
 
 def _improvement(x: Floats, y: Floats) -> Any:
-    """P(X > Y) + P(X = Y) / 2 over all pairs. x: [..., n], y: [..., m] -> [...]: the Mann-Whitney statistic divided
-    by n m.
+    """P(X > Y) + P(X = Y) / 2 over all pairs. x:
+
+    [..., n], y: [..., m] -> [...]: the Mann-Whitney statistic divided by n m.
     """
     # Counted through sorted order would save memory for hundreds of seeds; runs per task are few.
     difference = x[..., :, None] - y[..., None, :]
@@ -114,8 +129,8 @@ def probability_of_improvement(
     level: float = 0.95,
     resamples: int = RESAMPLES,
 ) -> Estimate:
-    """Chance that a run of X scores higher than one of Y on a random task (ties count half). x, y: per task [seeds],
-    same tasks.
+    """Chance that a run of X scores higher than one of Y on a random task (ties count half). x, y:
+    per task [seeds], same tasks.
 
     Raises ValueError for nan or where the numbers of tasks differ. UNKNOWN without scores.
     """
@@ -128,7 +143,9 @@ def probability_of_improvement(
 
     def statistic(*samples: Floats, axis: int = -1) -> Any:
         moved = [np.moveaxis(s, axis, -1) for s in samples]
-        return np.mean([_improvement(a, b) for a, b in zip(moved[: len(xs)], moved[len(xs) :])], axis=0)
+        return np.mean(
+            [_improvement(a, b) for a, b in zip(moved[: len(xs)], moved[len(xs) :])], axis=0
+        )
 
     value = float(np.mean([_improvement(a, b) for a, b in zip(xs, ys)]))
     return Estimate(value, *_interval([*xs, *ys], statistic, seed, level, resamples))
@@ -136,7 +153,8 @@ def probability_of_improvement(
 
 @dataclass(frozen=True)
 class Profile:
-    """A performance profile: at each threshold the share of runs that score above it, and its pointwise 95 % interval.
+    """A performance profile: at each threshold the share of runs that score above it, and its
+    pointwise 95 % interval.
 
     Lists are [thresholds]; low and high are nan where a task has a single seed.
     """
@@ -155,27 +173,32 @@ def performance_profile(
     level: float = 0.95,
     resamples: int = RESAMPLES,
 ) -> Profile:
-    """Share of runs, averaged over tasks, that score above each threshold, with a percentile band of the bootstrap
-    stratified by task. scores: per task [seeds]; thresholds: [thresholds].
+    """Share of runs, averaged over tasks, that score above each threshold, with a percentile band
+    of the bootstrap stratified by task. scores: per task [seeds]; thresholds: [thresholds].
 
     Raises ValueError for nan. Shares are nan without scores.
     """
     strata, tau = _strata(scores), np.asarray(thresholds, dtype=float)
     unknown = np.full(tau.shape, math.nan)
-    above = [(s[:, None] > tau[None, :]).astype(float) for s in strata]  # per task [seeds, thresholds]
+    above = [
+        (s[:, None] > tau[None, :]).astype(float) for s in strata
+    ]  # per task [seeds, thresholds]
     share = np.mean([a.mean(axis=0) for a in above], axis=0) if above else unknown
     low = high = unknown
     if above and all(len(a) > 1 for a in above):
         rng = np.random.default_rng(seed)
         # How often each seed is drawn is all that a resample is.
-        drawn = [rng.multinomial(len(a), np.full(len(a), 1 / len(a)), size=resamples) @ a / len(a) for a in above]
+        drawn = [
+            rng.multinomial(len(a), np.full(len(a), 1 / len(a)), size=resamples) @ a / len(a)
+            for a in above
+        ]
         low, high = np.quantile(np.mean(drawn, axis=0), [(1 - level) / 2, (1 + level) / 2], axis=0)
     return Profile(tau.tolist(), share.tolist(), low.tolist(), high.tolist())
 
 
 def wilson(successes: int, trials: int, level: float = 0.95) -> Estimate:
-    """A share with Wilson's score interval (JASA 22, 1927), which is sensible at 0 and at all of them. UNKNOWN
-    without trials.
+    """A share with Wilson's score interval (JASA 22, 1927), which is sensible at 0 and at all of
+    them. UNKNOWN without trials.
     """
     if not 0 <= successes <= trials:
         raise ValueError(f"wilson: {successes} of {trials} is not a share")
@@ -191,8 +214,8 @@ def wilson(successes: int, trials: int, level: float = 0.95) -> Estimate:
 
 
 def mean_interval(values: npt.ArrayLike, level: float = 0.95) -> Estimate:
-    """Mean with Student's interval; with few seeds it is wider, and so safer to base "safe" on, than a bootstrap. nan
-    ends for n < 2.
+    """Mean with Student's interval; with few seeds it is wider, and so safer to base "safe" on,
+    than a bootstrap. nan ends for n < 2.
     """
     flat = np.asarray(values, dtype=float).ravel()
     if not flat.size:
@@ -200,17 +223,21 @@ def mean_interval(values: npt.ArrayLike, level: float = 0.95) -> Estimate:
     mean = float(flat.mean())
     if flat.size < 2:
         return Estimate(mean, math.nan, math.nan)
-    half = float(stats.t.ppf(0.5 + level / 2, flat.size - 1)) * float(flat.std(ddof=1)) / math.sqrt(flat.size)
+    half = (
+        float(stats.t.ppf(0.5 + level / 2, flat.size - 1))
+        * float(flat.std(ddof=1))
+        / math.sqrt(flat.size)
+    )
     return Estimate(mean, mean - half, mean + half)
 
 
 def cvar(values: npt.ArrayLike, level: float = 0.95, weights: npt.ArrayLike | None = None) -> float:
-    """Mean of the worst (largest) share 1 - level of the distribution, the value at the boundary counted in part. nan
-    if empty.
+    """Mean of the worst (largest) share 1 - level of the distribution, the value at the boundary
+    counted in part. nan if empty.
 
     values: [n]; weights: [n], not negative, relative frequencies (equal by default).
-    Source: Rockafellar and Uryasev, "Conditional value-at-risk for general loss distributions", 2002, for discrete
-    distributions.
+    Source: Rockafellar and Uryasev, "Conditional value-at-risk for general loss distributions",
+    2002, for discrete distributions.
     """
     x = np.asarray(values, dtype=float)
     w = np.ones_like(x) if weights is None else np.asarray(weights, dtype=float)
@@ -226,11 +253,11 @@ def cvar(values: npt.ArrayLike, level: float = 0.95, weights: npt.ArrayLike | No
 
 
 def censored_quantile(times: npt.ArrayLike, q: float) -> float:
-    """The smallest time by which at least a share q of the runs had come; inf ("never") if fewer ever did. nan if
-    empty.
+    """The smallest time by which at least a share q of the runs had come; inf ("never") if fewer
+    ever did. nan if empty.
 
-    times: [runs], inf where the run ended first. Runs share one budget, so the empirical distribution is Kaplan and
-    Meier's estimate, and no average of censored times is ever taken.
+    times: [runs], inf where the run ended first. Runs share one budget, so the empirical
+    distribution is Kaplan and Meier's estimate, and no average of censored times is ever taken.
     """
     flat = np.sort(np.asarray(times, dtype=float))
     flat = flat[~np.isnan(flat)]

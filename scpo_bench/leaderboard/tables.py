@@ -1,9 +1,10 @@
 """From run folders to the leaderboard: one row per run, then one row per task and agent, ranked.
 
-Rules. Return and cost are never merged into one number: rows are ranked by feasibility class first, then by score.
-Rows of one class whose intervals overlap share a rank. A run that failed, was interrupted, is missing or damaged
-stays in, at the floor: the worst outcome that any policy of that task showed, the start policy included. With fewer
-than 10 finished seeds a row is "preliminary".
+Rules. Return and cost are never merged into one number: rows are ranked by feasibility class first,
+then by score. Rows of one class whose intervals overlap share a rank. A run that failed, was
+interrupted, is missing or damaged
+stays in, at the floor: the worst outcome that any policy of that task showed, the start policy
+included. With fewer than 10 finished seeds a row is "preliminary".
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from scpo_bench.leaderboard.consistency import check_bounds, check_record
 from scpo_bench.leaderboard.metrics import COLUMNS as METRICS
 from scpo_bench.leaderboard.metrics import measure
+from scpo_bench.leaderboard.references import gap_closed, load_references
 from scpo_bench.leaderboard.statistics import (
     PRELIMINARY_BELOW,
     Estimate,
@@ -32,8 +33,9 @@ from scpo_bench.leaderboard.statistics import (
     probability_of_improvement,
     wilson,
 )
-from scpo_bench.records import Cell, RecordError, Run, Update, read_run, read_updates, run_folders
-from scpo_bench.references import gap_closed, load_references
+from scpo_bench.records.consistency import check_bounds, check_record
+from scpo_bench.records.files import RecordError, read_run, read_updates, run_folders
+from scpo_bench.records.schema import Cell, Run, Update
 
 SAFE, SAFE_AT_THE_END, UNDECIDED, UNSAFE, NO_RESULT = (
     "safe throughout",
@@ -58,7 +60,8 @@ COLUMNS: dict[str, str] = {
     "rank": "by feasibility class, then score; equal where intervals overlap",
     "tied": "whether another row shares the rank",
     "agent": "agent; a suffix #xxxx tells two set-ups of one agent apart",
-    "verdict": "feasibility class: " + "; ".join(f"{name}: {meaning}" for name, meaning in VERDICTS.items()),
+    "verdict": "feasibility class: "
+    + "; ".join(f"{name}: {meaning}" for name, meaning in VERDICTS.items()),
     "preliminary": f"fewer than {PRELIMINARY_BELOW} finished seeds",
     "seeds_planned": "seeds asked for or recorded",
     "seeds_finished": "seeds that finished with a consistent record",
@@ -126,8 +129,9 @@ COLUMNS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Record:
-    """One run folder as read: ``problem`` says why a record cannot be trusted (then ``updates`` holds what could be
-    read).
+    """One run folder as read:
+
+    ``problem`` says why a record cannot be trusted (then ``updates`` holds what could be read).
     """
 
     folder: Path
@@ -136,11 +140,13 @@ class Record:
     problem: str | None
 
 
-def read_records(results: Path, suite: str | None, problems: list[str] | None = None) -> Iterator[Record]:
+def read_records(
+    results: Path, suite: str | None, problems: list[str] | None = None
+) -> Iterator[Record]:
     """Every record below ``results`` (of ``suite``), one at a time, in the order of their folders.
 
-    An unreadable run.json, a second record of the same run, and a record of another suite are left out and named in
-    ``problems``.
+    An unreadable run.json, a second record of the same run, and a record of another suite are left
+    out and named in ``problems``.
     """
     problems = [] if problems is None else problems
     root = results / suite if suite and (results / suite).is_dir() else results
@@ -153,7 +159,9 @@ def read_records(results: Path, suite: str | None, problems: list[str] | None = 
             continue
         if suite is not None and run.suite != suite:
             if root != results:
-                problems.append(f"left out: {folder}: a record of suite {run.suite!r}, not {suite!r}")
+                problems.append(
+                    f"left out: {folder}: a record of suite {run.suite!r}, not {suite!r}"
+                )
             continue
         first = seen.setdefault((run.suite, run.key), folder)
         if first != folder:
@@ -176,8 +184,8 @@ def read_records(results: Path, suite: str | None, problems: list[str] | None = 
 
 
 def setup_of(cell: Cell) -> str:
-    """Short hash of everything but the seed: runs that differ only in their seed may be put together. 8 hexadecimal
-    digits.
+    """Short hash of everything but the seed: runs that differ only in their seed may be put
+    together. 8 hexadecimal digits.
     """
     try:
         return Cell.model_validate({**cell.model_dump(), "seed": 0}).key()[:8]
@@ -207,7 +215,9 @@ def _row(suite: str, cell: Cell, status: str, error: str | None, **more: Any) ->
 
 
 def reference_of(cell: Cell, references: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
-    """The constants that apply to a cell: its task's, if they were made with the same environment arguments."""
+    """The constants that apply to a cell: its task's, if they were made with the same environment
+    arguments.
+    """
     entry = references.get(cell.task)
     return entry if entry is not None and entry.get("env", {}) == cell.env else None
 
@@ -219,13 +229,15 @@ def load(
     references: dict[str, dict[str, Any]] | None = None,
     on_record: Callable[[Record], None] | None = None,
 ) -> pd.DataFrame:
-    """One row per run: identity, status, and the metrics of :class:`~scpo_bench.leaderboard.metrics.RunMetrics`.
+    """One row per run: identity, status, and the metrics of
+    :class:`~scpo_bench.leaderboard.metrics.RunMetrics`.
 
-    ``planned`` cells without a record become rows with status "missing"; records that contradict themselves get status
-    "damaged". In rows that are not "finished" the outcome (final objective and return) is the floor and what is
-    measured during training is what there is. ``attrs["problems"]`` lists what was left out and why. ``on_record`` is
-    called with each record as it is read, for those who need its updates too. Nothing is executed and no folder outside
-    is read.
+    ``planned`` cells without a record become rows with status "missing"; records that contradict
+    themselves get status "damaged". In rows that are not "finished" the outcome (final objective
+    and return) is the floor and what is measured during training is what there is.
+    ``attrs["problems"]`` lists what was left out and why. ``on_record`` is called with each record
+    as it is read, for those who need its updates too. Nothing is executed and no folder outside is
+    read.
     """
     references = load_references() if references is None else references
     problems: list[str] = []
@@ -237,16 +249,31 @@ def load(
             on_record(record)
         keys.add((run.suite, run.key))
         reference = reference_of(run.cell, references)
-        metrics = asdict(measure(record.updates, run.cell.cost_limit, reference)) if record.updates else {}
+        metrics = (
+            asdict(measure(record.updates, run.cell.cost_limit, reference))
+            if record.updates
+            else {}
+        )
         status, error = ("damaged", record.problem) if record.problem else (run.status, run.error)
-        more = {"key": run.key, "folder": str(record.folder), "reference": reference, "provenance": run.provenance}
-        # A damaged record may misstate its cell; if its key was planned, it counts against the plan's cell.
+        more = {
+            "key": run.key,
+            "folder": str(record.folder),
+            "reference": reference,
+            "provenance": run.provenance,
+        }
+        # A damaged record may misstate its cell; if its key was planned, it counts against the
+        # plan's cell.
         cell = by_key.get(run.key, run.cell) if record.problem else run.cell
         rows.append(_row(run.suite, cell, status, error, **more, **metrics))
     for key, cell in by_key.items():
         name = suite or ""
         if (name, key) not in keys:
-            more = {"key": key, "folder": "", "reference": reference_of(cell, references), "provenance": {}}
+            more = {
+                "key": key,
+                "folder": "",
+                "reference": reference_of(cell, references),
+                "provenance": {},
+            }
             rows.append(_row(name, cell, "missing", "planned, but there is no record", **more))
     runs = pd.DataFrame(rows, columns=[*_IDENTITY, *METRICS])
     runs[list(METRICS)] = runs[list(METRICS)].astype(float)
@@ -261,7 +288,9 @@ def _worst(values: pd.Series, largest: bool) -> float:
 
 
 def _put_at_the_floor(runs: pd.DataFrame) -> None:
-    """Give runs that did not finish the worst outcome of their task, and every run its score (higher is better)."""
+    """Give runs that did not finish the worst outcome of their task, and every run its score
+    (higher is better).
+    """
     for _, index in runs.groupby(["suite", "task"], sort=False).groups.items():
         task = runs.loc[index]
         unfinished = task.index[task["status"] != "finished"]
@@ -270,10 +299,15 @@ def _put_at_the_floor(runs: pd.DataFrame) -> None:
             returns = pd.concat([task["final_return"], task["start_return"]])
             runs.loc[unfinished, "final_objective"] = _worst(objectives, largest=True)
             runs.loc[unfinished, "final_return"] = _worst(returns, largest=False)
-            runs.loc[unfinished, ["final_cost", "final_cost_ratio", "final_violates", "final_worst_value"]] = math.nan
+            runs.loc[
+                unfinished,
+                ["final_cost", "final_cost_ratio", "final_violates", "final_worst_value"],
+            ] = math.nan
             runs.loc[unfinished, "gap_closed"] = [
                 gap_closed(objective, reference)
-                for objective, reference in zip(runs.loc[unfinished, "final_objective"], task.loc[unfinished, "reference"])
+                for objective, reference in zip(
+                    runs.loc[unfinished, "final_objective"], task.loc[unfinished, "reference"]
+                )
             ]
         task = runs.loc[index]
         finished = task[task["status"] == "finished"]
@@ -317,9 +351,29 @@ def _share(part: float, whole: float) -> float:
 def command_of(suite: str, agent: str, task: str, seeds: int, steps: int) -> str:
     """The command line that runs these cells again, quoted for a shell."""
     if suite.startswith("compare-"):
-        words = ["scpo-bench", "compare", agent, "--task", task, "--seeds", str(seeds), "--steps", str(steps)]
+        words = [
+            "scpo-bench",
+            "compare",
+            agent,
+            "--task",
+            task,
+            "--seeds",
+            str(seeds),
+            "--steps",
+            str(steps),
+        ]
     else:
-        words = ["scpo-bench", "run", suite, "--agents", agent, "--tasks", task, "--seeds", str(seeds)]
+        words = [
+            "scpo-bench",
+            "run",
+            suite,
+            "--agents",
+            agent,
+            "--tasks",
+            task,
+            "--seeds",
+            str(seeds),
+        ]
     return shlex.join(words)
 
 
@@ -349,8 +403,14 @@ def _summary(group: pd.DataFrame) -> dict[str, Any]:
     finished = group[group["status"] == "finished"]
     count = group["status"].value_counts()
     limit, planned = float(first["cost_limit"]), len(group)
-    score, closed = iqm_interval([_known(group["score"])]), iqm_interval([_known(group["gap_closed"])])
-    returns, cost = iqm_interval([_known(group["final_return"])]), mean_interval(_known(finished["final_cost"]))
+    score, closed = (
+        iqm_interval([_known(group["score"])]),
+        iqm_interval([_known(group["gap_closed"])]),
+    )
+    returns, cost = (
+        iqm_interval([_known(group["final_return"])]),
+        mean_interval(_known(finished["final_cost"])),
+    )
     feasible = wilson(int((finished["final_violates"] == 0).sum()), planned)
     firsts = _known(group["first_violating_update"])
     earliest = int(np.argmin(firsts)) if firsts.size else None
@@ -401,7 +461,9 @@ def _summary(group: pd.DataFrame) -> dict[str, Any]:
         "training_episodes": int(episodes),
         "violating_episodes": int(group["violating_episodes"].sum()),
         "violating_episode_share": _share(group["violating_episodes"].sum(), episodes),
-        "violating_step_share": _share(group["violating_steps"].sum(), group["interaction_steps"].sum()),
+        "violating_step_share": _share(
+            group["violating_steps"].sum(), group["interaction_steps"].sum()
+        ),
         "cumulative_excess": _mean(group["cumulative_excess"]),
         "probe_violations": int(group["probe_violations"].sum()),
         "max_excess": _max(group["max_excess"]),
@@ -412,7 +474,9 @@ def _summary(group: pd.DataFrame) -> dict[str, Any]:
         "worst_iterate_value": _max(group["worst_iterate_value"]),
         "worst_training_value": _max(group["worst_training_value"]),
         "first_violating_update": math.nan if earliest is None else float(firsts[earliest]),
-        "first_violating_step": math.nan if earliest is None else float(_known(group["first_violating_step"])[earliest]),
+        "first_violating_step": math.nan
+        if earliest is None
+        else float(_known(group["first_violating_step"])[earliest]),
         "first_violating_update_median": censored_quantile(firsts, 0.5),
         "safe_from_update_median": censored_quantile(_known(group["safe_from_update"]), 0.5),
         "updates": _median(group["updates"]),
@@ -420,14 +484,25 @@ def _summary(group: pd.DataFrame) -> dict[str, Any]:
         "probe_steps": _median(group["probe_steps"]),
         "wall_time_s": _median(group["wall_time_s"]),
         "steps_per_s": _median(group["steps_per_s"]),
-        "verification": f"{count['damaged']} damaged" if "damaged" in count else "consistent" if len(finished) else "none",
-        "command": command_of(first["suite"], first["agent"], first["task"], int(group["seed"].max()) + 1, int(first["steps"])),
+        "verification": f"{count['damaged']} damaged"
+        if "damaged" in count
+        else "consistent"
+        if len(finished)
+        else "none",
+        "command": command_of(
+            first["suite"],
+            first["agent"],
+            first["task"],
+            int(group["seed"].max()) + 1,
+            int(first["steps"]),
+        ),
     }
 
 
 def _rank(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of one task in order, with ``rank`` and ``tied``. A row ties with the best of the rank before it, not
-    in chains.
+    """The rows of one task in order, with ``rank`` and ``tied``.
+
+    A row ties with the best of the rank before it, not in chains.
     """
     order = list(VERDICTS)
     rows = sorted(
@@ -463,10 +538,13 @@ def _score(row: dict[str, Any]) -> Estimate:
 
 
 def leaderboard(runs: pd.DataFrame) -> pd.DataFrame:
-    """One ranked row per suite, task and agent, with :data:`COLUMNS`. ``runs``: as from :func:`load`.
+    """One ranked row per suite, task and agent, with :data:`COLUMNS`.
 
-    Times that did not come are inf ("never"); what was not measured is nan. ``attrs["problems"]`` and
-    ``attrs["unfinished"]`` (one line per run that is not finished) go with it, for whoever shows it.
+    ``runs``: as from :func:`load`.
+
+    Times that did not come are inf ("never"); what was not measured is nan. ``attrs["problems"]``
+    and ``attrs["unfinished"]`` (one line per run that is not finished) go with it, for whoever
+    shows it.
     """
     rows: list[dict[str, Any]] = []
     for _, task in runs.groupby(["suite", "task"], sort=True):
@@ -488,10 +566,14 @@ def leaderboard(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _unfinished(runs: pd.DataFrame) -> list[str]:
-    """What did not finish and why, one line for all seeds of a task, and all agents, to which the same happened."""
+    """What did not finish and why, one line for all seeds of a task, and all agents, to which the
+    same happened.
+    """
     unfinished = runs[runs["status"] != "finished"]
     seeds: dict[tuple[str, str, str, str], list[int]] = {}
-    for agent, task, seed, status, error in zip(*(unfinished[c] for c in ("agent", "task", "seed", "status", "error"))):
+    for agent, task, seed, status, error in zip(
+        *(unfinished[c] for c in ("agent", "task", "seed", "status", "error"))
+    ):
         reason = error if isinstance(error, str) else ""
         seeds.setdefault((agent, task, status, reason), []).append(int(seed))
     agents: dict[tuple[str, str, str, str], list[str]] = {}
@@ -517,15 +599,15 @@ def seed_ranges(seeds: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class Aggregate:
-    """One agent over all tasks of a suite that have committed constants; runs that did not finish count at the
-    floor.
+    """One agent over all tasks of a suite that have committed constants; runs that did not finish
+    count at the floor.
     """
 
     agent: str
     tasks: int
     clean_runs: Estimate
-    """Share of planned runs, on these tasks, that finished without a single violating iterate, with its Wilson
-    interval.
+    """Share of planned runs, on these tasks, that finished without a single violating iterate, with
+    its Wilson interval.
     """
     score: Estimate
     """IQM of the gap closed, over seeds and tasks, with its stratified bootstrap interval."""
@@ -539,20 +621,28 @@ PROFILE_THRESHOLDS = tuple(float(t) for t in np.round(np.linspace(-0.5, 1.2, 171
 
 
 def profile_range(aggregates: Sequence[Aggregate]) -> slice:
-    """The thresholds worth drawing: from a little before the first agent's profile falls to where the last one has fallen."""
+    """The thresholds worth drawing: from a little before the first agent's profile falls to where
+    the last one has fallen.
+    """
     shares = np.array([a.profile.share for a in aggregates])
-    falling = np.flatnonzero(((shares < 1) & (shares > 0)).any(axis=0) | (np.ptp(shares, axis=0) > 0))
+    falling = np.flatnonzero(
+        ((shares < 1) & (shares > 0)).any(axis=0) | (np.ptp(shares, axis=0) > 0)
+    )
     first, last = (falling[0], falling[-1]) if falling.size else (0, len(PROFILE_THRESHOLDS) - 1)
     return slice(max(0, int(first) - 10), int(last) + 2)
 
 
 def aggregate(runs: pd.DataFrame) -> list[Aggregate]:
-    """Agents of one suite over its tasks, best IQM first. ``runs``: as from :func:`load`, of a single suite.
+    """Agents of one suite over its tasks, best IQM first.
+
+    ``runs``: as from :func:`load`, of a single suite.
 
     ValueError for several suites at once: their tasks would be weighted by how often they were run.
     """
     if runs["suite"].nunique() > 1:
-        raise ValueError(f"aggregate: one suite at a time, got {', '.join(sorted(runs['suite'].unique()))}")
+        raise ValueError(
+            f"aggregate: one suite at a time, got {', '.join(sorted(runs['suite'].unique()))}"
+        )
     scored = runs[runs["score_kind"] == "gap closed"].dropna(subset=["score"])
     scores: dict[str, dict[str, np.ndarray]] = {}
     clean = (scored["status"] == "finished") & (scored["violating_iterates"] == 0)
@@ -564,7 +654,9 @@ def aggregate(runs: pd.DataFrame) -> list[Aggregate]:
         for other, theirs in scores.items():
             common = [task for task in own if task in theirs]
             if other != agent and common:
-                improvement[other] = probability_of_improvement([own[t] for t in common], [theirs[t] for t in common])
+                improvement[other] = probability_of_improvement(
+                    [own[t] for t in common], [theirs[t] for t in common]
+                )
         profile = performance_profile(list(own.values()), PROFILE_THRESHOLDS)
         of_agent = clean[scored["agent"] == agent]
         share = wilson(int(of_agent.sum()), len(of_agent))

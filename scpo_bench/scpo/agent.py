@@ -1,10 +1,13 @@
-"""SCPO: every proposed update is projected into the set of steps that a certificate shows to be safe.
+"""SCPO: every proposed update is projected into the set of steps that a certificate shows to be
+safe.
 
-Source: Cao, Borrelli, Joa, "Constrained Policy Optimization via Sampling-Based Weight-Space Projection", arXiv 2512.13788. Where the
-paper is silent, this file is the definition. Deviations, each an option: ``verified`` mode looks at a step's constraints before
-deploying it (they are the next update's starting point, so this costs nothing); L may be sampled or adapted instead of declared;
-the certificate carries an explicit error for slopes that are difference quotients; constraints are log-sum-exp maxima of relative
-values; the step may live in a subspace of the weights.
+Source: Cao, Borrelli, Joa, "Constrained Policy Optimization via Sampling-Based Weight-Space
+Projection", arXiv 2512.13788. Where the paper is silent, this file is the definition. Deviations,
+each an option: ``verified`` mode looks at a step's constraints before deploying it (they are the
+next update's starting point, so this costs nothing); L may be sampled or adapted instead of
+declared; the certificate carries an explicit error for slopes that are difference quotients;
+constraints are log-sum-exp maxima of relative values; the step may live in a subspace of the
+weights.
 """
 
 from __future__ import annotations
@@ -12,11 +15,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from scpo_bench.baselines.configuration import require
+from scpo_bench.configuration import require
+from scpo_bench.contract import probe_meter_of, task_of
 from scpo_bench.scpo.constraints import Constraints, Exact, Expected
 from scpo_bench.scpo.gradient_descent import GradientDescent, GradientDescentConfig
 from scpo_bench.scpo.guard import Guard, GuardConfig, UnsafeStartError
-from scpo_bench.scpo.rollouts import BatchedEvaluator, NoisyRollouts, ProbeMeter
+from scpo_bench.scpo.rollouts import BatchedEvaluator, NoisyRollouts
 
 __all__ = ["SCPO", "SCPOConfig", "UnsafeStartError"]
 
@@ -26,13 +30,20 @@ class SCPOConfig(GuardConfig, GradientDescentConfig):
     """The guard's fields and those of the proposal, and how constraints are evaluated."""
 
     sharpness: float = 100.0
-    """Sharpness of the log-sum-exp maximum over states and steps, per unit of relative constraint value."""
+    """Sharpness of the log-sum-exp maximum over states and steps, per unit of relative constraint
+    value.
+    """
     evaluation_starts: int = 512
-    """Start states of a constraint evaluation. Too few leave gaps in which a policy that passes them all is unsafe: with 128 on the
-    imitation task, 2 of 11 runs deployed policies that violated from starts between the evaluated ones."""
+    """Start states of a constraint evaluation.
+
+    Too few leave gaps in which a policy that passes them all is unsafe: with 128 on the imitation
+    task, 2 of 11 runs deployed policies that violated from starts between the evaluated ones.
+    """
     constraint_noise: float = 0.0
-    """Standard deviation of normal noise on every rollout's constraint values, as measured by the agent: to study noisy constraints on
-    tasks whose own are exact. With any, g is estimated (the fields below)."""
+    """Standard deviation of normal noise on every rollout's constraint values, as measured by the
+    agent: to study noisy constraints on tasks whose own are exact. With any, g is estimated (the
+    fields below).
+    """
     level: float = 0.05
     """Noisy constraints: the probability with which an update may deploy an unsafe policy."""
     rollouts: int = 8
@@ -52,10 +63,12 @@ class SCPOConfig(GuardConfig, GradientDescentConfig):
 
 
 class SCPO(GradientDescent):
-    """``SCPO("MlpPolicy", env, policy_kwargs={"backup": module})`` on a vector environment whose dynamics are pure functions.
+    """``SCPO("MlpPolicy", env, policy_kwargs={"backup": module})`` on a vector environment whose
+    dynamics are pure functions.
 
-    The supervised objective of :class:`GradientDescent`, projected. Raises :class:`UnsafeStartError` in ``learn`` if the start policy
-    violates a constraint, naming it and its value; ValueError if the environment offers no way to evaluate constraints.
+    The supervised objective of :class:`GradientDescent`, projected. Raises
+    :class:`UnsafeStartError` in ``learn`` if the start policy violates a constraint, naming it and
+    its value; ValueError if the environment offers no way to evaluate constraints.
     """
 
     Config: ClassVar[type[GradientDescentConfig]] = SCPOConfig
@@ -73,13 +86,17 @@ class SCPO(GradientDescent):
     @property
     def evaluator(self) -> BatchedEvaluator:
         if self._evaluator is None:
-            vec_env = self.env.unwrapped  # type: ignore[union-attr]
-            task = getattr(vec_env, "task", None)
+            task = task_of(self.env)
             if task is None:
-                raise ValueError("SCPO: constraints are evaluated in batches, and this environment offers no batched task")
-            # The harness counts probe steps itself, through the meter that it hangs on the environment.
-            meter = getattr(self.env, "probe_meter", None) or ProbeMeter()
-            self._evaluator = BatchedEvaluator(task, self.config.evaluation_starts, self.config.sharpness, meter)
+                raise ValueError(
+                    "SCPO: constraints are evaluated in batches, and this environment offers no batched task"
+                )
+            # The harness counts probe steps itself, through the meter that it hangs on the
+            # environment.
+            meter = probe_meter_of(self.env)
+            self._evaluator = BatchedEvaluator(
+                task, self.config.evaluation_starts, self.config.sharpness, meter
+            )
         return self._evaluator
 
     @property
@@ -89,9 +106,19 @@ class SCPO(GradientDescent):
             if config.constraint_noise == 0:
                 self._constraints = Exact(evaluator.names, lambda w: evaluator(self.space, w))
             else:
-                noisy = NoisyRollouts(lambda w: evaluator(self.space, w), config.constraint_noise, self.seed or 0, evaluator)
+                noisy = NoisyRollouts(
+                    lambda w: evaluator(self.space, w),
+                    config.constraint_noise,
+                    self.seed or 0,
+                    evaluator,
+                )
                 self._constraints = Expected(
-                    evaluator.names, noisy, config.level, config.rollouts, config.rollout_budget, config.retries
+                    evaluator.names,
+                    noisy,
+                    config.level,
+                    config.rollouts,
+                    config.rollout_budget,
+                    config.retries,
                 )
         return self._constraints
 

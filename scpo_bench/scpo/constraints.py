@@ -1,4 +1,6 @@
-"""What the guard looks at: constraints g(w) <= 0 as functions of the parameters, exact or estimated from noisy rollouts."""
+"""What the guard looks at: constraints g(w) <= 0 as functions of the parameters, exact or estimated
+from noisy rollouts.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,10 @@ class Constraints(Protocol):
     names: tuple[str, ...]
 
     def begin_update(self, update: int) -> bool:
-        """Take new noise, the same for all evaluations of this update. True if there is any: then g(w) has to be looked at again."""
+        """Take new noise, the same for all evaluations of this update.
+
+        True if there is any: then g(w) has to be looked at again.
+        """
         ...
 
     def look(self, w: Floats) -> Floats:
@@ -25,7 +30,9 @@ class Constraints(Protocol):
         ...
 
     def probe(self, w: Floats, g: Floats, probes: Floats) -> tuple[Floats, Floats]:
-        """(g at ``probes`` [M, d], half width of the confidence interval of its difference from g(w)): both [M, k]. g: [k], at w."""
+        """(g at ``probes`` [M, d], half width of the confidence interval of its difference from
+        g(w)): both [M, k]. g: [k], at w.
+        """
         ...
 
 
@@ -48,12 +55,16 @@ class Exact:
 
 
 class Expected:
-    """g(w) = E[y(w, noise)], estimated from rollouts; what is returned holds with confidence 1 - ``level`` for a whole update.
+    """g(w) = E[y(w, noise)], estimated from rollouts; what is returned holds with confidence 1 -
+    ``level`` for a whole update.
 
-    sample: (w [M, d], stream numbers [n]) -> y [M, n, k], one rollout per stream. Equal streams mean equal noise (common random
-    numbers), so differences between policies are paired: the noise that both share cancels.
-    rollouts: of a first look, and of every probe; they are doubled until the decision is clear, up to ``budget``.
-    looks: how many candidates an update may look at; the level is shared among them (Bonferroni), the constraints, and the doublings.
+    sample: (w [M, d], stream numbers [n]) -> y [M, n, k], one rollout per stream. Equal streams
+    mean equal noise (common random numbers), so differences between policies are paired: the noise
+    that both share cancels.
+    rollouts: of a first look, and of every probe; they are doubled until the decision is clear, up
+    to ``budget``.
+    looks: how many candidates an update may look at; the level is shared among them (Bonferroni),
+    the constraints, and the doublings.
 
     The intervals are Student's: exact for normal noise, approximate otherwise.
     """
@@ -91,8 +102,12 @@ class Expected:
         y = self._sample(w[None], self._streams(0, self._rollouts))[0]
         while True:
             mean, half = y.mean(axis=0), self._half_width(y)
-            # Clear: unsafe for certain, or safe with the room to the limit known to within half of itself.
-            unsafe, safe = (mean - half > 0).any(), (mean + half <= np.minimum(0.5 * mean, 0.0)).all()
+            # Clear: unsafe for certain, or safe with the room to the limit known to within half of
+            # itself.
+            unsafe, safe = (
+                (mean - half > 0).any(),
+                (mean + half <= np.minimum(0.5 * mean, 0.0)).all(),
+            )
             n = len(y)
             if unsafe or safe or n >= self._budget:
                 return mean + half

@@ -1,7 +1,8 @@
-"""Gradient descent on a supervised loss: what SCPO proposes, and (as agent ``sgd``) what happens when nothing projects it.
+"""Gradient descent on a supervised loss: what SCPO proposes, and (as agent ``sgd``) what happens
+when nothing projects it.
 
-One update: interact with the deployed policy, add the labels seen (``info["expert_action"]``) to the data, let a torch optimiser
-propose a change of the parameters, deploy it.
+One update: interact with the deployed policy, add the labels seen (``info["expert_action"]``) to
+the data, let a torch optimiser propose a change of the parameters, deploy it.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import nn
 
-from scpo_bench.baselines.configuration import require, require_choice, resolve_config
+from scpo_bench.configuration import require, require_choice, resolve_config
+from scpo_bench.contract import task_of
 from scpo_bench.policies import AffineBackup, BackupActorCriticPolicy
-from scpo_bench.scpo.parameters import ParameterSpace, SpaceName, make_space
 from scpo_bench.scpo.projection import Floats
+from scpo_bench.scpo.spaces import ParameterSpace, SpaceName, make_space
 
 
 @dataclass(frozen=True)
@@ -28,13 +30,18 @@ class GradientDescentConfig:
     n_steps: int = 30
     """Steps per environment between two updates."""
     labels: Literal["starts", "visited"] = "starts"
-    """Which labels are fitted: those at episode starts (a demonstration set that does not depend on the policy), or all seen."""
+    """Which labels are fitted: those at episode starts (a demonstration set that does not depend on
+    the policy), or all seen.
+    """
     buffer_size: int = 4096
     """Labels kept; the oldest go first."""
     optimizer: str = "SGD"
     """Name of a class in torch.optim."""
     learning_rate: float = 0.1
-    """Step size of that optimiser. In a whitened last layer the loss is a paraboloid of curvature 2 and 0.5 is a Newton step."""
+    """Step size of that optimiser.
+
+    In a whitened last layer the loss is a paraboloid of curvature 2 and 0.5 is a Newton step.
+    """
     gradient_steps: int = 1
     """Optimiser steps that make one proposal."""
     space: SpaceName = "last_layer"
@@ -44,7 +51,9 @@ class GradientDescentConfig:
     features: int = 64
     """Width of the hidden layer."""
     feature_scale: float = 2.0
-    """Standard deviation of the hidden layer's initial weights (half that for biases): how sharply features vary over the state."""
+    """Standard deviation of the hidden layer's initial weights (half that for biases): how sharply
+    features vary over the state.
+    """
 
     def __post_init__(self) -> None:
         for name in ("n_steps", "buffer_size", "gradient_steps", "rank", "features"):
@@ -61,10 +70,12 @@ class GradientDescentConfig:
 
 
 class GradientDescent(BaseAlgorithm):
-    """``GradientDescent("MlpPolicy", env, policy_kwargs={"backup": module}, learning_rate=0.2)``: an SB3 algorithm.
+    """``GradientDescent("MlpPolicy", env, policy_kwargs={"backup": module}, learning_rate=0.2)``:
+    an SB3 algorithm.
 
-    Needs an environment that labels its observations in ``info["expert_action"]``, on reset too. Raises ValueError for unknown or
-    ill-typed configuration fields and for an environment without labels.
+    Needs an environment that labels its observations in ``info["expert_action"]``, on reset too.
+    Raises ValueError for unknown or ill-typed configuration fields and for an environment without
+    labels.
     """
 
     Config: ClassVar[type[GradientDescentConfig]] = GradientDescentConfig
@@ -85,9 +96,16 @@ class GradientDescent(BaseAlgorithm):
     ) -> None:
         self.config = resolve_config(self.Config, config)
         super().__init__(
-            policy, env, learning_rate=self.config.learning_rate, policy_kwargs=policy_kwargs, verbose=verbose, device=device,
-            seed=seed, tensorboard_log=tensorboard_log, support_multi_env=True,
-        )  # fmt: skip
+            policy,
+            env,
+            learning_rate=self.config.learning_rate,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            device=device,
+            seed=seed,
+            tensorboard_log=tensorboard_log,
+            support_multi_env=True,
+        )
         self.diagnostics: dict[str, float] = {}
         self.w: Floats = np.zeros(0)
         self._observations: Any = None  # [n, obs_dim] and [n, action_dim], oldest first
@@ -106,22 +124,36 @@ class GradientDescent(BaseAlgorithm):
         self.set_random_seed(self.seed)
         if self.rng is None:  # else it has just been loaded
             self.rng = np.random.default_rng(np.random.SeedSequence(self.seed))
-        kwargs = {"net_arch": {"pi": [self.config.features], "vf": []}, "ortho_init": False, **self.policy_kwargs}
-        # Without a backup the start policy is zero action everywhere; whether that is safe is for the constraints to say.
-        kwargs.setdefault("backup", AffineBackup(np.zeros((self.action_space.shape[0], self.observation_space.shape[0]))))  # type: ignore[index]
-        self.policy = BackupActorCriticPolicy(self.observation_space, self.action_space, lambda _: 0.0, **kwargs).to(self.device)
+        kwargs = {
+            "net_arch": {"pi": [self.config.features], "vf": []},
+            "ortho_init": False,
+            **self.policy_kwargs,
+        }
+        observation_dim = self.observation_space.shape[0]  # type: ignore[index]
+        # Without a backup the start policy is zero action everywhere; whether that is safe is for
+        # the constraints to say.
+        kwargs.setdefault(
+            "backup",
+            AffineBackup(np.zeros((self.action_space.shape[0], observation_dim))),  # type: ignore[index]
+        )
+        self.policy = BackupActorCriticPolicy(
+            self.observation_space, self.action_space, lambda _: 0.0, **kwargs
+        ).to(self.device)
         scale = self.config.feature_scale
         with torch.no_grad():
             for layer in self.policy.mlp_extractor.extractor.policy_net:  # type: ignore[union-attr]
                 if isinstance(layer, nn.Linear):
-                    layer.weight.normal_(0.0, scale / np.sqrt(layer.in_features / self.observation_space.shape[0]))  # type: ignore[index]
+                    layer.weight.normal_(0.0, scale / np.sqrt(layer.in_features / observation_dim))
                     layer.bias.normal_(0.0, scale / 2)
 
     @property
     def space(self) -> ParameterSpace:
         """Built on first use from the policy as it then is: after loading, from the loaded one."""
         if self._space is None:
-            self._space = make_space(self.config.space, self.policy, self._reference_observations(), self.config.rank)  # type: ignore[arg-type]
+            policy: Any = self.policy
+            self._space = make_space(
+                self.config.space, policy, self._reference_observations(), self.config.rank
+            )
             if len(self.w) == 0:
                 self.w = np.zeros(self._space.dimension)
         return self._space
@@ -129,9 +161,14 @@ class GradientDescent(BaseAlgorithm):
     def _reference_observations(self) -> torch.Tensor:
         """Observations [n, obs_dim] over which a step's effect on the actions is measured."""
         if self._reference is None:
-            task = getattr(self.env.unwrapped, "task", None)  # type: ignore[union-attr]
-            # A batched task says where its episodes start; elsewhere the labelled observations at hand must do.
-            known = np.array(self._observations) if task is None else np.stack(task.design_starts(1024), axis=-1)
+            task = task_of(self.env)
+            # A batched task says where its episodes start; elsewhere the labelled observations at
+            # hand must do.
+            known = (
+                np.array(self._observations)
+                if task is None
+                else np.stack(task.design_starts(1024), axis=-1)
+            )
             self._reference = known
         return torch.as_tensor(self._reference, dtype=torch.float64)
 
@@ -144,8 +181,12 @@ class GradientDescent(BaseAlgorithm):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> Self:
-        total, callback = self._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
-        if reset_num_timesteps or self._observations is None:  # else training goes on: the labels of these observations are in
+        total, callback = self._setup_learn(
+            total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
+        )
+        if (
+            reset_num_timesteps or self._observations is None
+        ):  # else training goes on: the labels of these observations are in
             self._add_labels(np.asarray(self._last_obs), self._reset_labels(range(self.n_envs)))
         self.start_training()
         callback.on_training_start(locals(), globals())
@@ -169,7 +210,10 @@ class GradientDescent(BaseAlgorithm):
             ) from None
 
     def _collect(self, callback: Any) -> bool:
-        """Run the deployed policy for n_steps per environment and keep the labels. False: a callback asked to stop."""
+        """Run the deployed policy for n_steps per environment and keep the labels.
+
+        False: a callback asked to stop.
+        """
         assert self.env is not None
         for _ in range(self.config.n_steps):
             actions, _ = self.predict(self._last_obs, deterministic=True)  # type: ignore[arg-type]
@@ -181,7 +225,9 @@ class GradientDescent(BaseAlgorithm):
             self._last_obs = np.asarray(observations)
             if self.config.labels == "visited":
                 labels = np.stack([info["expert_action"] for info in infos])
-                labels[dones] = self._reset_labels(np.flatnonzero(dones)) if dones.any() else labels[dones]
+                labels[dones] = (
+                    self._reset_labels(np.flatnonzero(dones)) if dones.any() else labels[dones]
+                )
                 self._add_labels(observations, labels)
             elif dones.any():
                 self._add_labels(observations[dones], self._reset_labels(np.flatnonzero(dones)))  # type: ignore[index]
@@ -196,7 +242,10 @@ class GradientDescent(BaseAlgorithm):
         self._labels = np.concatenate([self._labels, labels])[-keep:]
 
     def loss(self, w: torch.Tensor) -> torch.Tensor:
-        """Mean squared distance |pi_w(x) - label|^2 over the data, for w [d]. Unclipped actions: clipping would hide the error."""
+        """Mean squared distance |pi_w(x) - label|^2 over the data, for w [d].
+
+        Unclipped actions: clipping would hide the error.
+        """
         x = torch.as_tensor(self._observations, dtype=torch.float64)
         y = torch.as_tensor(self._labels, dtype=torch.float64)
         return (self.space.actions(w[None], x[None])[0] - y).square().sum(dim=-1).mean()
@@ -223,7 +272,9 @@ class GradientDescent(BaseAlgorithm):
         self.space.write(torch.as_tensor(w))
 
     def start_training(self) -> None:
-        """Called once before the first data collection, with the start policy's first labels at hand."""
+        """Called once before the first data collection, with the start policy's first labels at
+        hand.
+        """
         self.deploy(self.w if len(self.w) else np.zeros(self.space.dimension))
 
     def train(self) -> None:

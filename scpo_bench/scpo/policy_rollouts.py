@@ -1,7 +1,9 @@
-"""Rollouts of any Stable-Baselines3 policy: what the guard looks at when nothing but a policy and a task is given.
+"""Rollouts of any Stable-Baselines3 policy: what the guard looks at when nothing but a policy and a
+task is given.
 
-Two ways, one meaning: where the dynamics are pure functions, all starts as one array (:class:`BatchedRollouts`); else whole episodes of
-Gymnasium environments, in several processes (:class:`EpisodeRollouts`). Both act as the deployed policy does when it is evaluated:
+Two ways, one meaning: where the dynamics are pure functions, all starts as one array
+(:class:`BatchedRollouts`); else whole episodes of Gymnasium environments, in several processes
+(:class:`EpisodeRollouts`). Both act as the deployed policy does when it is evaluated:
 deterministically, through ``predict``.
 """
 
@@ -25,22 +27,24 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from torch import Tensor, nn
 
-from scpo_bench.envs.batched import BatchedTask, BatchedTaskVectorEnv
-from scpo_bench.processes import end_with_parent
+from scpo_bench.contract import BatchedTask, ProbeMeter
+from scpo_bench.envs.batched import BatchedTaskVectorEnv
+from scpo_bench.runs.processes import end_with_parent
 from scpo_bench.scpo.projection import Floats
-from scpo_bench.scpo.rollouts import ProbeMeter
 
-# Observations that a policy is given at once, always: an action must not depend, by rounding, on who else is playing. Also the episodes
-# that are played side by side, the unit of work, where there are several policies; of a single one the unit is half as large, so that
-# two processes have something to share.
+# Observations that a policy is given at once, always: an action must not depend, by rounding, on
+# who else is playing. Also the episodes that are played side by side, the unit of work, where there
+# are several policies; of a single one the unit is half as large, so that two processes have
+# something to share.
 ROWS = 4
 
 
 class PolicyWeights:
-    """The weights that shape a policy's deterministic action, as a vector w [d] that is zero at the start.
+    """The weights that shape a policy's deterministic action, as a vector w [d] that is zero at the
+    start.
 
-    Which they are is found by differentiating an action: value functions and exploration noise have no part in it. ValueError if the
-    policy's actions cannot be differentiated (discrete actions).
+    Which they are is found by differentiating an action: value functions and exploration noise have
+    no part in it. ValueError if the policy's actions cannot be differentiated (discrete actions).
     """
 
     def __init__(self, policy: Any) -> None:
@@ -52,7 +56,9 @@ class PolicyWeights:
             )
         named = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
         gradients = torch.autograd.grad(action.sum(), [p for _, p in named], allow_unused=True)
-        self._names = [name for (name, _), gradient in zip(named, gradients) if gradient is not None]
+        self._names = [
+            name for (name, _), gradient in zip(named, gradients) if gradient is not None
+        ]
         self._start = self._flat(policy)
         self.dimension = len(self._start)
 
@@ -64,7 +70,9 @@ class PolicyWeights:
     def copy_policy(self) -> Any:
         """A policy of the same kind, to act with other weights."""
         with torch.no_grad():
-            self._act()  # SB3's policies keep their last distribution; one with a gradient graph could not be copied
+            # SB3's policies keep their last distribution; one with a gradient graph could not be
+            # copied
+            self._act()
         return copy.deepcopy(self.policy)
 
     def parameters(self, policy: Any = None) -> list[Tensor]:
@@ -83,24 +91,38 @@ class PolicyWeights:
         """Set the weights to those of w, in the policy's own precision."""
         flat = torch.as_tensor(self._start + w)
         with torch.no_grad():
-            for p, part in zip(self.parameters(policy), flat.split([p.numel() for p in self.parameters(policy)])):
+            for p, part in zip(
+                self.parameters(policy), flat.split([p.numel() for p in self.parameters(policy)])
+            ):
                 p.copy_(part.reshape(p.shape))
 
     def gradient(self, loss: Tensor) -> Floats:
         """[d]: of a scalar that was computed with the policy."""
         parts = torch.autograd.grad(loss, self.parameters(), allow_unused=True)
-        return torch.cat(
-            [torch.zeros_like(p).reshape(-1) if g is None else g.reshape(-1) for g, p in zip(parts, self.parameters())]
-        ).double().numpy()  # fmt: skip
+        return (
+            torch.cat(
+                [
+                    torch.zeros_like(p).reshape(-1) if g is None else g.reshape(-1)
+                    for g, p in zip(parts, self.parameters())
+                ]
+            )
+            .double()
+            .numpy()
+        )
 
 
 def acting(policy: Any) -> Callable[[Any], Any]:
-    """observations [n, ...] -> the actions [n, ...] of ``policy.predict(observations, deterministic=True)``, at half its cost.
+    """observations [n, ...] -> the actions [n, ...] of ``policy.predict(observations,
+    deterministic=True)``, at half its cost.
 
-    ``predict`` also checks, converts and builds a distribution; a Gaussian's most likely action is its mean, and needs none of that.
+    ``predict`` also checks, converts and builds a distribution; a Gaussian's most likely action is
+    its mean, and needs none of that.
     """
     policy.set_training_mode(False)
-    plain = isinstance(policy, ActorCriticPolicy) and type(getattr(policy, "action_dist", None)) is DiagGaussianDistribution
+    plain = (
+        isinstance(policy, ActorCriticPolicy)
+        and type(getattr(policy, "action_dist", None)) is DiagGaussianDistribution
+    )
     if not plain or type(policy.features_extractor) is not FlattenExtractor:
         return lambda observations: policy.predict(observations, deterministic=True)[0]
     low, high = policy.action_space.low, policy.action_space.high
@@ -115,10 +137,18 @@ def acting(policy: Any) -> Callable[[Any], Any]:
 
 
 def _mean_action(policy: ActorCriticPolicy) -> Callable[[Tensor], Tensor]:
-    """features [n, f] -> mean actions [n, a]. A plain network's layers are called as functions: modules cost more than their sums."""
+    """features [n, f] -> mean actions [n, a].
+
+    A plain network's layers are called as functions: modules cost more than their sums.
+    """
     layers = [*getattr(policy.mlp_extractor, "policy_net", ()), policy.action_net]
-    functions: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {nn.Tanh: torch.tanh, nn.ReLU: torch.relu}
-    if type(policy.mlp_extractor) is not MlpExtractor or not all(type(m) in (*functions, nn.Linear) for m in layers):
+    functions: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
+        nn.Tanh: torch.tanh,
+        nn.ReLU: torch.relu,
+    }
+    if type(policy.mlp_extractor) is not MlpExtractor or not all(
+        type(m) in (*functions, nn.Linear) for m in layers
+    ):
         return lambda features: policy.action_net(policy.mlp_extractor.forward_actor(features))
     # The weights are written in place, so these references stay those of the policy.
     calls = [
@@ -137,9 +167,19 @@ def _mean_action(policy: ActorCriticPolicy) -> Callable[[Tensor], Tensor]:
 
 
 class BatchedRollouts:
-    """All design starts of a batched task at once. Constraints: the task's own; g is the log-sum-exp maximum over starts and steps."""
+    """All design starts of a batched task at once.
 
-    def __init__(self, task: BatchedTask, weights: PolicyWeights, starts: int, sharpness: float, meter: ProbeMeter) -> None:
+    Constraints: the task's own; g is the log-sum-exp maximum over starts and steps.
+    """
+
+    def __init__(
+        self,
+        task: BatchedTask,
+        weights: PolicyWeights,
+        starts: int,
+        sharpness: float,
+        meter: ProbeMeter,
+    ) -> None:
         self.names = task.constraint_names
         self._env = BatchedTaskVectorEnv(task, starts)
         self._starts = {"states": np.stack(task.design_starts(starts), axis=-1)}
@@ -169,7 +209,9 @@ class BatchedRollouts:
         worst = values.max(axis=0)
         self._meter.steps += len(values)
         self._meter.violations += bool((worst > 0).any())
-        return worst + np.log(np.exp(self._sharpness * (values - worst)).sum(axis=0)) / self._sharpness
+        return (
+            worst + np.log(np.exp(self._sharpness * (values - worst)).sum(axis=0)) / self._sharpness
+        )
 
     def close(self) -> None:
         self._env.close()
@@ -180,7 +222,9 @@ Unit = tuple[int, list[int]]  # (row of w, seeds of episodes)
 
 @dataclass(frozen=True)
 class Episode:
-    """What one episode came to. worst: the largest signed constraint values [k], or None where the task has none."""
+    """What one episode came to. worst: the largest signed constraint values [k], or None where the
+    task has none.
+    """
 
     steps: int
     cost: float
@@ -190,9 +234,11 @@ class Episode:
 class EpisodeRollouts:
     """Whole episodes: one per policy and stream, started from a seed of the stream's own.
 
-    y = (episode cost - cost_limit) / max(cost_limit, 1), constraint "cost"; where cost_limit is 0, the largest signed constraint
-    values of the episode (``info["constraint_values"]``). workers: processes, this one among them; the result does not depend on them.
-    ValueError if cost_limit is 0 and the task has no signed values: then there is no room in which to take a step.
+    y = (episode cost - cost_limit) / max(cost_limit, 1), constraint "cost"; where cost_limit is 0,
+    the largest signed constraint values of the episode (``info["constraint_values"]``). workers:
+    processes, this one among them; the result does not depend on them.
+    ValueError if cost_limit is 0 and the task has no signed values: then there is no room in which
+    to take a step.
     """
 
     def __init__(
@@ -205,13 +251,22 @@ class EpisodeRollouts:
         meter: ProbeMeter,
     ) -> None:
         self._make_env, self._weights = make_env, weights
-        self._cost_limit, self._seed, self._meter, self._workers = cost_limit, seed, meter, max(workers, 1)
+        self._cost_limit, self._seed, self._meter, self._workers = (
+            cost_limit,
+            seed,
+            meter,
+            max(workers, 1),
+        )
         self._here: _Player | None = None
         self._pool: ProcessPoolExecutor | None = None
         self.names = self._constraint_names()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_here": None, "_pool": None}  # environments and processes are made anew
+        return {
+            **self.__dict__,
+            "_here": None,
+            "_pool": None,
+        }  # environments and processes are made anew
 
     def _open(self) -> _Player:
         """This process's player; the others are started beside it."""
@@ -219,7 +274,9 @@ class EpisodeRollouts:
             self._here = _Player(self._make_env, self._weights)
             if self._workers > 1:
                 source = cloudpickle.dumps((self._make_env, self._weights))
-                self._pool = ProcessPoolExecutor(self._workers - 1, get_context("forkserver"), _start_worker, (source,))
+                self._pool = ProcessPoolExecutor(
+                    self._workers - 1, get_context("forkserver"), _start_worker, (source,)
+                )
         return self._here
 
     def _constraint_names(self) -> tuple[str, ...]:
@@ -239,8 +296,15 @@ class EpisodeRollouts:
         here = self._open()
         seeds = [self._episode_seed(stream) for stream in streams]
         size = ROWS if len(w) > 1 else ROWS // 2
-        units = [(row, seeds[first : first + size]) for row in range(len(w)) for first in range(0, len(seeds), size)]
-        shares = [units[i * len(units) // self._workers : (i + 1) * len(units) // self._workers] for i in range(self._workers)]
+        units = [
+            (row, seeds[first : first + size])
+            for row in range(len(w))
+            for first in range(0, len(seeds), size)
+        ]
+        shares = [
+            units[i * len(units) // self._workers : (i + 1) * len(units) // self._workers]
+            for i in range(self._workers)
+        ]
         waiting = [self._pool.submit(_play, w, share) for share in shares[1:]] if self._pool else []
         episodes = here.play(w, shares[0])
         for future in waiting:
@@ -303,7 +367,9 @@ class _Player:
                 costs[i] += info["cost"]
                 if "constraint_values" in info:
                     values = info["constraint_values"]
-                    worst[i] = np.array(values) if worst[i] is None else np.maximum(worst[i], values)
+                    worst[i] = (
+                        np.array(values) if worst[i] is None else np.maximum(worst[i], values)
+                    )
                 if terminated or truncated:
                     going.remove(i)
         return [Episode(n, float(cost), of) for n, cost, of in zip(steps, costs, worst)]

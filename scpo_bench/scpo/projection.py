@@ -3,17 +3,20 @@
     minimise |z - target|^2   subject to   gbar_i(z) <= -margin_i for i = 1..k,   |z| <= radius,
     gbar_i(z) = g_i + s_i . z + e_i |z|_1 + (L_i / 2) |z|_2^2.
 
-Why gbar bounds the constraint (the certificate). Let Q have orthonormal columns q_1..q_m and suppose that g_i is L_i-smooth around
-theta: |g_i(theta + D) - g_i(theta) - grad g_i . D| <= (L_i / 2) |D|^2. Put D = Q z, so |D|_2 = |z|_2. Then
+Why gbar bounds the constraint (the certificate). Let Q have orthonormal columns q_1..q_m and
+suppose that g_i is L_i-smooth around
+theta: |g_i(theta + D) - g_i(theta) - grad g_i . D| <= (L_i / 2) |D|^2. Put D = Q z, so |D|_2 =
+|z|_2. Then
 
     g_i(theta + Q z) <= g_i(theta) + (Q' grad g_i) . z + (L_i / 2) |z|^2,
 
-and each component of Q' grad g_i is known as a difference quotient s_ij along q_j with probe radius rho, off by at most
-e_i = L_i rho / 2: the one-sided quotient (g_i(theta + rho q_j) - g_i(theta)) / rho is grad g_i . q_j up to (L_i / 2) rho^2 / rho, and
-the central one is the mean of two such quotients. Replacing the true slope costs at most sum_j e_i |z_j| = e_i |z|_1. Hence
-g_i(theta + Q z) <= gbar_i(z):
-every z with gbar(z) <= 0 is truly safe whenever L_i is a valid bound. Source: SCPO, Cao, Borrelli, Joa, arXiv 2512.13788, and the
-derivation above. Each gbar_i is convex, and z = 0 satisfies gbar_i(0) = g_i, so from a safe theta the problem is feasible.
+and each component of Q' grad g_i is known as a difference quotient s_ij along q_j with probe radius
+rho, off by at most e_i = L_i rho / 2: the one-sided quotient (g_i(theta + rho q_j) - g_i(theta)) /
+rho is grad g_i . q_j up to (L_i / 2) rho^2 / rho, and the central one is the mean of two such
+quotients. Replacing the true slope costs at most sum_j e_i |z_j| = e_i |z|_1. Hence g_i(theta + Q
+z) <= gbar_i(z): every z with gbar(z) <= 0 is truly safe whenever L_i is a valid bound. Source:
+SCPO, Cao, Borrelli, Joa, arXiv 2512.13788, and the derivation above. Each gbar_i is convex, and z =
+0 satisfies gbar_i(0) = g_i, so from a safe theta the problem is feasible.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ Floats = NDArray[np.float64]
 class Certificate:
     """gbar over steps z in R^m, for k constraints.
 
-    values: [k] g_i(theta). slopes: [k, m] s_ij. slope_errors: [k] e_i >= 0. smoothness: [k] L_i >= 0.
+    values: [k] g_i(theta). slopes: [k, m] s_ij. slope_errors: [k] e_i >= 0. smoothness: [k] L_i >=
+    0.
     """
 
     values: Floats
@@ -40,15 +44,21 @@ class Certificate:
 
     def bound(self, z: Floats) -> Floats:
         """gbar(z): [k] for z [m]."""
-        return self.values + self.slopes @ z + self.slope_errors * np.abs(z).sum() + 0.5 * self.smoothness * (z @ z)
+        return (
+            self.values
+            + self.slopes @ z
+            + self.slope_errors * np.abs(z).sum()
+            + 0.5 * self.smoothness * (z @ z)
+        )
 
 
 @dataclass(frozen=True)
 class Projection:
     """The result of :func:`project`.
 
-    z: [m]. bound: [k] gbar(z). status: "inactive" (the target itself, or its radial clip, is certified), "solved" (by the interior
-    point method), or "held" (z = 0: nothing but staying is certified). solver_iterations: 0 where it was not needed.
+    z: [m]. bound: [k] gbar(z). status: "inactive" (the target itself, or its radial clip, is
+    certified), "solved" (by the interior point method), or "held" (z = 0: nothing but staying is
+    certified). solver_iterations: 0 where it was not needed.
     """
 
     z: Floats
@@ -57,23 +67,33 @@ class Projection:
     solver_iterations: int = 0
 
 
-def project(certificate: Certificate, target: Floats, radius: float, margin: Floats | float = 0.0) -> Projection:
+def project(
+    certificate: Certificate, target: Floats, radius: float, margin: Floats | float = 0.0
+) -> Projection:
     """The certified step closest to ``target``.
 
-    target: [m]; radius: the trust radius |z| <= radius within which the smoothness constants hold; margin: [k] or one number, how far
-    below zero the certificate is asked to stay. Where theta itself is closer than that, the margin shrinks to what theta has.
-    The returned step satisfies bound <= -margin and |z| <= radius in floating point, whatever the solver did.
+    target: [m]; radius: the trust radius |z| <= radius within which the smoothness constants hold;
+    margin: [k] or one number, how far below zero the certificate is asked to stay. Where theta
+    itself is closer than that, the margin shrinks to what theta has. The returned step satisfies
+    bound <= -margin and |z| <= radius in floating point, whatever the solver did.
 
-    Raises ValueError if the certificate's values are not all <= 0 (theta is unsafe: nothing can be certified from there) or
-    anything is not finite.
+    Raises ValueError if the certificate's values are not all <= 0 (theta is unsafe: nothing can be
+    certified from there) or anything is not finite.
     """
     values = certificate.values
-    if not all(np.isfinite(part).all() for part in (values, certificate.slopes, certificate.smoothness, target)):
+    if not all(
+        np.isfinite(part).all()
+        for part in (values, certificate.slopes, certificate.smoothness, target)
+    ):
         raise ValueError("projection: the certificate and the target must be finite")
     if (values > 0).any():
         worst = int(np.argmax(values))
-        raise ValueError(f"projection: constraint {worst} is violated at z = 0 (value {values[worst]:.3g} > 0)")
-    ceiling = -np.minimum(np.broadcast_to(np.asarray(margin, dtype=np.float64), values.shape), -values)
+        raise ValueError(
+            f"projection: constraint {worst} is violated at z = 0 (value {values[worst]:.3g} > 0)"
+        )
+    ceiling = -np.minimum(
+        np.broadcast_to(np.asarray(margin, dtype=np.float64), values.shape), -values
+    )
 
     length = float(np.linalg.norm(target))
     clipped = target if length <= radius else target * (radius / length)
@@ -83,8 +103,9 @@ def project(certificate: Certificate, target: Floats, radius: float, margin: Flo
     scale = max(length, 1e-300)
     best: Floats | None = None
     iterations = 0
-    # The solver meets a constraint up to its tolerance. Scaling towards 0 repairs that at a cost of the same order, unless the
-    # boundary passes through 0 itself (g_i = 0): then only a slightly tighter problem gives a step that can be kept.
+    # The solver meets a constraint up to its tolerance. Scaling towards 0 repairs that at a cost of
+    # the same order, unless the boundary passes through 0 itself (g_i = 0): then only a slightly
+    # tighter problem gives a step that can be kept.
     for tightening in (0.0, 1e-9, 1e-7):
         z, steps = _interior_point(certificate, target, radius, ceiling - tightening * scale)
         iterations += steps
@@ -99,14 +120,21 @@ def project(certificate: Certificate, target: Floats, radius: float, margin: Flo
 
 
 def _allowed(certificate: Certificate, z: Floats, radius: float, ceiling: Floats) -> bool:
-    return bool((certificate.bound(z) <= ceiling).all() and np.linalg.norm(z) <= radius * (1 + 1e-12))
+    return bool(
+        (certificate.bound(z) <= ceiling).all() and np.linalg.norm(z) <= radius * (1 + 1e-12)
+    )
 
 
-def _into_feasible_set(certificate: Certificate, z: Floats, radius: float, ceiling: Floats) -> tuple[Floats, float]:
-    """The largest step t z, t <= 1, that is allowed in floating point, and t. 0 is allowed and the set is convex."""
+def _into_feasible_set(
+    certificate: Certificate, z: Floats, radius: float, ceiling: Floats
+) -> tuple[Floats, float]:
+    """The largest step t z, t <= 1, that is allowed in floating point, and t. 0 is allowed and the
+    set is convex.
+    """
     length = float(np.linalg.norm(z))
     t = 1.0 if length <= radius else radius / length
-    # Along the ray each constraint is a t^2 + b t <= c with a >= 0 and c >= 0: its root, in the form that does not cancel.
+    # Along the ray each constraint is a t^2 + b t <= c with a >= 0 and c >= 0: its root, in the
+    # form that does not cancel.
     a = 0.5 * certificate.smoothness * (z @ z)
     b = certificate.slopes @ z + certificate.slope_errors * np.abs(z).sum()
     c = ceiling - certificate.values
@@ -124,13 +152,19 @@ def _into_feasible_set(certificate: Certificate, z: Floats, radius: float, ceili
 
 
 def _interior_point(
-    certificate: Certificate, target: Floats, radius: float, ceiling: Floats, max_iterations: int = 60
+    certificate: Certificate,
+    target: Floats,
+    radius: float,
+    ceiling: Floats,
+    max_iterations: int = 60,
 ) -> tuple[Floats, int]:
-    """(z, iterations): the projection by a primal-dual interior point method with Mehrotra's predictor and corrector.
+    """(z, iterations): the projection by a primal-dual interior point method with Mehrotra's
+    predictor and corrector.
 
-    Variables y = z / unit and a_j >= |y_j|. Rows: the k of the certificate, the trust radius (a row with L = 1), and the two sides
-    y_j <= a_j, -y_j <= a_j. Because every row's Hessian is a multiple of the identity, the Newton system splits into a 2 x 2 block
-    per coordinate and one Schur complement of size k + 1.
+    Variables y = z / unit and a_j >= |y_j|. Rows: the k of the certificate, the trust radius (a row
+    with L = 1), and the two sides y_j <= a_j, -y_j <= a_j. Because every row's Hessian is a
+    multiple of the identity, the Newton system splits into a 2 x 2 block per coordinate and one
+    Schur complement of size k + 1.
     Source: Boyd and Vandenberghe, Convex Optimization, ch. 11.7; Mehrotra, SIAM J. Optim. 2 (1992).
     """
     m = len(target)
@@ -141,12 +175,22 @@ def _interior_point(
     curvature = np.append(certificate.smoothness * unit**2, 1.0)
     offset = np.append(certificate.values - ceiling, -0.5 * (radius / unit) ** 2)
     # Each row in its own units, so that one tolerance serves all; the solution does not change.
-    size = np.maximum.reduce([np.abs(slopes).max(axis=1), errors, curvature, np.full(len(offset), 1e-12)])
-    slopes, errors, curvature, offset = slopes / size[:, None], errors / size, curvature / size, offset / size
-    l1 = bool(errors.max() > 1e-13)  # else the slope errors are left to the exact check that follows
+    size = np.maximum.reduce(
+        [np.abs(slopes).max(axis=1), errors, curvature, np.full(len(offset), 1e-12)]
+    )
+    slopes, errors, curvature, offset = (
+        slopes / size[:, None],
+        errors / size,
+        curvature / size,
+        offset / size,
+    )
+    l1 = bool(
+        errors.max() > 1e-13
+    )  # else the slope errors are left to the exact check that follows
 
     n_rows = len(offset)
-    # Multipliers and slacks in one array each: [rows of the certificate and trust radius, y <= a, -y <= a].
+    # Multipliers and slacks in one array each: [rows of the certificate and trust radius, y <= a,
+    # -y <= a].
     rows, up, down = slice(0, n_rows), slice(n_rows, n_rows + m), slice(n_rows + m, n_rows + 2 * m)
     count = n_rows + (2 * m if l1 else 0)
     y, a = np.zeros(m), np.ones(m)
@@ -155,7 +199,7 @@ def _interior_point(
     zero, diagonal = np.zeros(m), np.arange(n_rows)
     d_up = d_down = zero
 
-    for iterations in range(1, max_iterations + 1):  # noqa: B007 - the count is a result
+    for iterations in range(1, max_iterations + 1):
         lam = dual[rows]
         jacobian = slopes + curvature[:, None] * y
         r_y = y - t + lam @ jacobian
@@ -167,7 +211,8 @@ def _interior_point(
             r_up, r_down = y - a + slack[up], slack[down] - y - a
             residual = max(residual, np.abs(r_a).max())
         mu = dual @ slack / count
-        # r_up and r_down shrink with the steps taken and never grow; the others carry the rounding errors.
+        # r_up and r_down shrink with the steps taken and never grow; the others carry the rounding
+        # errors.
         if max(residual, np.abs(r_y).max()) < 1e-9 and mu < 1e-12:
             break
 
@@ -187,7 +232,9 @@ def _interior_point(
         schur[diagonal, diagonal] += slack[rows] / lam + 1e-15
 
         def newton(c: Floats) -> tuple[Floats, Floats, Floats, Floats]:
-            """(d_y, d_a, d_dual, d_slack) of the Newton step that changes the products dual * slack by c."""
+            """(d_y, d_a, d_dual, d_slack) of the Newton step that changes the products dual * slack
+            by c.
+            """
             d_dual, d_slack = np.empty(count), np.empty(count)
             rhs_y, x_a = -r_y, zero
             if l1:
@@ -199,7 +246,9 @@ def _interior_point(
                 x_y = b_yy * rhs_y + b_ya * rhs_a
             else:
                 x_y = b_yy * rhs_y
-            d_lam = np.linalg.solve(schur, jacobian @ x_y + errors * x_a.sum() + r_c + c[rows] / lam)
+            d_lam = np.linalg.solve(
+                schur, jacobian @ x_y + errors * x_a.sum() + r_c + c[rows] / lam
+            )
             g_y, g_a = d_lam @ jacobian, d_lam @ errors
             d_y = x_y - b_yy * g_y - b_ya * g_a
             d_a = x_a - b_ya * g_y - b_aa * g_a

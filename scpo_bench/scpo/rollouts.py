@@ -1,43 +1,41 @@
 """Constraint evaluation: g(theta) by rollouts, for many policies at once.
 
-g_i(theta) = (1 / sharpness) log sum exp(sharpness * c_i) over all start states and steps, with c_i the task's signed, relative
-constraint values: a smooth upper bound on their maximum, so g_i <= 0 implies that no evaluated step violates constraint i.
+g_i(theta) = (1 / sharpness) log sum exp(sharpness * c_i) over all start states and steps, with c_i
+the task's signed, relative
+constraint values: a smooth upper bound on their maximum, so g_i <= 0 implies that no evaluated step
+violates constraint i.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from scpo_bench.envs.batched import BatchedTask
-from scpo_bench.scpo.parameters import ParameterSpace
+from scpo_bench.contract import BatchedTask, ProbeMeter
 from scpo_bench.scpo.projection import Floats
+from scpo_bench.scpo.spaces import ParameterSpace
 
-# Policies are evaluated in groups of about this many (policy, start) pairs: the working set then stays in the processor's cache.
+# Policies are evaluated in groups of about this many (policy, start) pairs: the working set then
+# stays in the processor's cache.
 PAIRS_AT_ONCE = 8192
 
 
-@dataclass
-class ProbeMeter:
-    """What constraint evaluation has cost so far: environment steps, and evaluated policies that violated a constraint."""
-
-    steps: int = 0
-    violations: int = 0
-
-
 class BatchedEvaluator:
-    """g for tasks whose dynamics are pure functions: all policies and all start states in one computation."""
+    """g for tasks whose dynamics are pure functions: all policies and all start states in one
+    computation.
+    """
 
     def __init__(self, task: BatchedTask, starts: int, sharpness: float, meter: ProbeMeter) -> None:
         self.task = task
         self.names = task.constraint_names
         self.sharpness = sharpness
         self.meter = meter
-        self._starts = tuple(torch.as_tensor(s, dtype=torch.float64) for s in task.design_starts(starts))
+        self._starts = tuple(
+            torch.as_tensor(s, dtype=torch.float64) for s in task.design_starts(starts)
+        )
 
     def __call__(self, space: ParameterSpace, w: Floats) -> Floats:
         """g: [M, k] for policies w [M, d]. Charges the meter."""
@@ -47,11 +45,16 @@ class BatchedEvaluator:
     def _evaluate(self, space: ParameterSpace, w: Tensor) -> Floats:
         n = len(self._starts[0])
         group = max(1, PAIRS_AT_ONCE // n)
-        g = torch.cat([self._smooth_worst(self.constraint_values(space, part)) for part in w.split(group)])
+        g = torch.cat(
+            [self._smooth_worst(self.constraint_values(space, part)) for part in w.split(group)]
+        )
         return g.numpy()
 
     def constraint_values(self, space: ParameterSpace, w: Tensor) -> Tensor:
-        """Every constraint value of every rollout: [M, k, T * N]. Differentiable, if autograd is on."""
+        """Every constraint value of every rollout:
+
+        [M, k, T * N]. Differentiable, if autograd is on.
+        """
         m, n = len(w), len(self._starts[0])
         state = tuple(s.expand(m, n) for s in self._starts)
         horizon = self.task.constraint_horizon
@@ -59,7 +62,12 @@ class BatchedEvaluator:
         for step in range(horizon):
             action = space.actions(w, torch.stack(state, dim=-1)).unbind(dim=-1)
             following = self.task.next_state(state, action)
-            seen.append(torch.stack(self.task.constraint_values(state, action, following, step + 1 == horizon), dim=1))
+            seen.append(
+                torch.stack(
+                    self.task.constraint_values(state, action, following, step + 1 == horizon),
+                    dim=1,
+                )
+            )
             state = following
         self.meter.steps += m * n * horizon
         return torch.cat(seen, dim=-1)
@@ -70,12 +78,19 @@ class BatchedEvaluator:
 
 
 class NoisyRollouts:
-    """Rollouts of a batched task whose constraint values are measured with normal noise: y = g(w) + ``std`` e, e ~ N(0, 1) per stream.
+    """Rollouts of a batched task whose constraint values are measured with normal noise: y = g(w) +
+    ``std`` e, e ~ N(0, 1) per stream.
 
     Every stream is a rollout from all start states, and charged as one.
     """
 
-    def __init__(self, evaluate: Callable[[Floats], Floats], std: float, seed: int, evaluator: BatchedEvaluator) -> None:
+    def __init__(
+        self,
+        evaluate: Callable[[Floats], Floats],
+        std: float,
+        seed: int,
+        evaluator: BatchedEvaluator,
+    ) -> None:
         self._evaluate, self._std, self._seed, self._evaluator = evaluate, std, seed, evaluator
 
     def __call__(self, w: Floats, streams: Sequence[int]) -> Floats:
@@ -84,5 +99,7 @@ class NoisyRollouts:
         before = meter.steps
         g = self._evaluate(w)
         meter.steps += (meter.steps - before) * (len(streams) - 1)
-        noise = np.stack([np.random.default_rng([self._seed, stream]).normal(size=k) for stream in streams])
+        noise = np.stack(
+            [np.random.default_rng([self._seed, stream]).normal(size=k) for stream in streams]
+        )
         return g[:, None] + self._std * noise

@@ -1,4 +1,6 @@
-"""The smoothness constants L_i of the constraints: declared, sampled, or adapted from what the last steps showed."""
+"""The smoothness constants L_i of the constraints: declared, sampled, or adapted from what the last
+steps showed.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ FLOOR = 1e-2  # no smaller L is believed: a constraint that looked linear so far
 
 
 def second_differences(values: Floats, plus: Floats, minus: Floats, rho: float) -> Floats:
-    """max_j |g_i(theta + rho q_j) - 2 g_i(theta) + g_i(theta - rho q_j)| / rho^2: curvature seen along the probes.
+    """max_j |g_i(theta + rho q_j) - 2 g_i(theta) + g_i(theta - rho q_j)| / rho^2: curvature seen
+    along the probes.
 
     values: [k]; plus, minus: [m, k]. Returns [k]. A lower bound on any valid L_i, up to rounding.
     """
@@ -24,14 +27,20 @@ def second_differences(values: Floats, plus: Floats, minus: Floats, rho: float) 
 
 
 def after_success(L: Floats) -> Floats:
-    """[k]: a little less caution after a step whose realised constraints stayed within the certificate."""
+    """[k]: a little less caution after a step whose realised constraints stayed within the
+    certificate.
+    """
     return np.maximum(L * SHRINK, FLOOR)
 
 
-def after_breach(L: Floats, breached: np.ndarray, realised: Floats, linear: Floats, squared_length: float) -> Floats:
-    """[k]: L raised where the certificate was breached, to what the step itself has shown if that is more than GROW * L.
+def after_breach(
+    L: Floats, breached: np.ndarray, realised: Floats, linear: Floats, squared_length: float
+) -> Floats:
+    """[k]: L raised where the certificate was breached, to what the step itself has shown if that
+    is more than GROW * L.
 
-    breached: [k] bool; realised: [k] g_i(theta + Q z); linear: [k] g_i + s_i . z; squared_length: |z|^2 > 0.
+    breached: [k] bool; realised: [k] g_i(theta + Q z); linear: [k] g_i + s_i . z; squared_length:
+    |z|^2 > 0.
     """
     shown = 2.0 * (realised - linear) / squared_length
     return np.where(breached, np.maximum(GROW * L, shown), L)

@@ -1,9 +1,11 @@
-"""CVPO's gradient updates per second at batch 256, K = 16, 128x128, two critics each for reward and cost, one core.
+"""CVPO's gradient updates per second at batch 256, K = 16, 128x128, two critics each for reward and
+cost, one core.
 
     OPENBLAS_NUM_THREADS=1 python tests/performance/baselines_cvpo_throughput.py
 
-Required: at least 50 updates/s, and the exact dual at most 15 % of their time. Time is the process's own (one thread, so it is
-one core's), best of five repetitions: busy neighbours should not decide. The matrix products' own time is printed beside it.
+Required: at least 50 updates/s, and the exact dual at most 15 % of their time. Time is the
+process's own (one thread, so it is one core's), best of five repetitions: busy neighbours should
+not decide. The matrix products' own time is printed beside it.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ BATCH, K, WIDTH, UPDATES = 256, 16, 128, 100
 
 
 class Random(gym.Env[Any, Any]):
-    """Sizes of HalfCheetahVelocity; costs and rewards that pull apart, so that the dual's constraint is active."""
+    """Sizes of HalfCheetahVelocity; costs and rewards that pull apart, so that the dual's
+    constraint is active.
+    """
 
     observation_space = gym.spaces.Box(-1.0, 1.0, (17,), np.float32)
     action_space = gym.spaces.Box(-1.0, 1.0, (6,), np.float32)
@@ -40,11 +44,19 @@ class Random(gym.Env[Any, Any]):
     def step(self, action: Any) -> Any:
         self.elapsed += 1
         observation = self.np_random.random(17, dtype=np.float32)
-        return observation, float(action[0]), False, self.elapsed >= 100, {"cost": float(action[0] > 0)}
+        return (
+            observation,
+            float(action[0]),
+            False,
+            self.elapsed >= 100,
+            {"cost": float(action[0] > 0)},
+        )
 
 
 def matrix_products_s() -> float:
-    """Seconds for the E-step's hidden layer alone: four products [4096, 128] x [128, 128], in cache-sized slices; best of 20."""
+    """Seconds for the E-step's hidden layer alone: four products [4096, 128] x [128, 128], in
+    cache-sized slices; best of 20.
+    """
     hidden, weight = torch.randn(8, 4, 512, WIDTH), torch.randn(4, WIDTH, WIDTH)
     best = float("inf")
     for _ in range(20):
@@ -58,9 +70,17 @@ def matrix_products_s() -> float:
 def main() -> None:
     torch.set_num_threads(1)
     agent = CVPO(
-        "MlpPolicy", Random(), seed=0, cost_limit=20.0, episode_steps=100, steps_per_update=2000, learning_starts=2000,
-        batch_size=BATCH, action_samples=K, net_arch=(WIDTH, WIDTH),
-    )  # fmt: skip
+        "MlpPolicy",
+        Random(),
+        seed=0,
+        cost_limit=20.0,
+        episode_steps=100,
+        steps_per_update=2000,
+        learning_starts=2000,
+        batch_size=BATCH,
+        action_samples=K,
+        net_arch=(WIDTH, WIDTH),
+    )
     agent.learn(2001)
     dual_s = 0.0
     solve = cvpo_module.e_step
@@ -81,8 +101,12 @@ def main() -> None:
         elapsed = time.process_time() - start
         best = max(best, (UPDATES / elapsed, dual_s / elapsed))
     rate, share = best
-    print(f"{rate:.1f} gradient updates/s, dual {share:.1%} of the time ({agent.diagnostics['dual_iterations']:.1f} iterations)")
-    print(f"the E-step's hidden layer alone: {matrix_products_s() * 1e3:.1f} ms; load average {os.getloadavg()[0]:.1f}")
+    print(
+        f"{rate:.1f} gradient updates/s, dual {share:.1%} of the time ({agent.diagnostics['dual_iterations']:.1f} iterations)"
+    )
+    print(
+        f"the E-step's hidden layer alone: {matrix_products_s() * 1e3:.1f} ms; load average {os.getloadavg()[0]:.1f}"
+    )
     ok = rate >= 50 and share <= 0.15
     print("ok" if ok else "FAILED: at least 50 updates/s and at most 15 % required")
     sys.exit(not ok)

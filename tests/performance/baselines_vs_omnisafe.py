@@ -1,21 +1,25 @@
-"""PPO-Lagrangian and CPO against OmniSafe 0.5.0, side by side: steps per second over two updates of 20000 steps.
+"""PPO-Lagrangian and CPO against OmniSafe 0.5.0, side by side: steps per second over two updates of
+20000 steps.
 
-    python tests/performance/baselines_vs_omnisafe.py [--task SafetyHopperVelocity-v1] [--agents ppo-lagrangian cpo]
+    python tests/performance/baselines_vs_omnisafe.py [--task SafetyHopperVelocity-v1] [--agents
+    ppo-lagrangian cpo]
         [--num-envs 1 4] [--omnisafe-python PATH]
 
-Both sides: default settings (20000 steps per update, 64x64 tanh; PPO-Lagrangian 40 passes of batch 64 with early stop, CPO 10 critic
-passes of batch 128), observation normalisation with clip 5, one process, the same number of environments; OmniSafe with
-``--threads`` torch threads (its own default of 16 is slower on a small machine), ours with one. Order alternates per agent; run it
-on an otherwise idle machine.
+Both sides: default settings (20000 steps per update, 64x64 tanh; PPO-Lagrangian 40 passes of batch
+64 with early stop, CPO 10 critic passes of batch 128), observation normalisation with clip 5, one
+process, the same number of environments; OmniSafe with ``--threads`` torch threads (its own default
+of 16 is slower on a small machine), ours with one. Order alternates per agent; run it on an
+otherwise idle machine.
 
-OmniSafe is never a dependency of this project. It needs Python 3.10 and old pins, so it lives in a virtual environment of its own,
-made on first use beside the temporary files (about 3 GB, mostly torch's CUDA libraries, which are not used):
+OmniSafe is never a dependency of this project. It needs Python 3.10 and old pins, so it lives in a
+virtual environment of its own, made on first use beside the temporary files (about 3 GB, mostly
+torch's CUDA libraries, which are not used):
 
     python3.10 -m venv VENV
     VENV/bin/pip install omnisafe==0.5.0 "numpy<2" "torch==2.4.1" "moviepy<2" "setuptools<80"
 
-numpy<2: its pandas is built against 1.x; torch 2.4.1: the newest tried with it; moviepy<2 and setuptools<80: modules it imports were
-removed later.
+numpy<2: its pandas is built against 1.x; torch 2.4.1: the newest tried with it; moviepy<2 and
+setuptools<80: modules it imports were removed later.
 """
 
 from __future__ import annotations
@@ -36,7 +40,8 @@ UPDATES, STEPS_PER_UPDATE = 2, 20_000
 PINS = ["omnisafe==0.5.0", "numpy<2", "torch==2.4.1", "moviepy<2", "setuptools<80"]
 THEIR_NAMES = {"ppo-lagrangian": "PPOLag", "cpo": "CPO"}
 
-# Runs in the other environment: argv = algorithm, task, steps, environments, threads. Timings come from its own progress.csv.
+# Runs in the other environment: argv = algorithm, task, steps, environments, threads. Timings come
+# from its own progress.csv.
 OMNISAFE_RUN = """
 import sys, time
 import omnisafe
@@ -58,13 +63,17 @@ def omnisafe_python(given: str | None) -> Path:
     venv = Path(tempfile.gettempdir()) / "scpo-bench-omnisafe-0.5.0"
     python = venv / "bin" / "python"
     if not python.exists():
-        base = shutil.which("python3.10") or sys.exit("needs a python3.10 on the path (or --omnisafe-python)")
+        base = shutil.which("python3.10") or sys.exit(
+            "needs a python3.10 on the path (or --omnisafe-python)"
+        )
         subprocess.run([base, "-m", "venv", venv], check=True)
         subprocess.run([python, "-m", "pip", "install", "--no-cache-dir", *PINS], check=True)
     return python
 
 
-def run_omnisafe(python: Path, agent: str, task: str, num_envs: int, threads: int) -> dict[str, float]:
+def run_omnisafe(
+    python: Path, agent: str, task: str, num_envs: int, threads: int
+) -> dict[str, float]:
     """Steps per second, and seconds per update spent in rollout and update."""
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder) / "run_omnisafe.py"
@@ -79,11 +88,16 @@ def run_omnisafe(python: Path, agent: str, task: str, num_envs: int, threads: in
             rows = list(csv.DictReader(file))
     rollout = sum(float(row["Time/Rollout"]) for row in rows) / len(rows)
     update = sum(float(row["Time/Update"]) for row in rows) / len(rows)
-    return {"steps_per_s": UPDATES * STEPS_PER_UPDATE / seconds, "rollout_s": rollout, "update_s": update}
+    return {
+        "steps_per_s": UPDATES * STEPS_PER_UPDATE / seconds,
+        "rollout_s": rollout,
+        "update_s": update,
+    }
 
 
 def make_environments(task: str, num_envs: int) -> Any:
-    """The task as our agents train on it: SB3's DummyVecEnv, observations normalised with clip 5."""
+    """The task as our agents train on it: SB3's DummyVecEnv, observations normalised with clip 5.
+    """
     import gymnasium as gym
     from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
@@ -128,7 +142,11 @@ def run_ours(agent: str, task: str, num_envs: int) -> dict[str, float]:
     rollout = sum(marks[i + 1] - marks[i] for i in range(0, len(marks) - 1, 2)) / UPDATES
     update = sum(marks[i + 1] - marks[i] for i in range(1, len(marks) - 1, 2)) / UPDATES
     passes = {"passes": learner.diagnostics["passes"]} if agent == "ppo-lagrangian" else {}
-    return {"steps_per_s": UPDATES * STEPS_PER_UPDATE / (end - start), "rollout_s": rollout, "update_s": update} | passes
+    return {
+        "steps_per_s": UPDATES * STEPS_PER_UPDATE / (end - start),
+        "rollout_s": rollout,
+        "update_s": update,
+    } | passes
 
 
 def raw_speed(task: str, steps: int = 10_000) -> float:
@@ -151,7 +169,9 @@ def raw_speed(task: str, steps: int = 10_000) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--task", default="SafetyHopperVelocity-v1")
     parser.add_argument("--agents", nargs="+", default=list(THEIR_NAMES), choices=list(THEIR_NAMES))
     parser.add_argument("--num-envs", nargs="+", type=int, default=[1, 4])
@@ -160,7 +180,9 @@ def main() -> None:
     arguments = parser.parse_args()
     python = omnisafe_python(arguments.omnisafe_python)
     raw = raw_speed(arguments.task)
-    print(f"{arguments.task}: one bare environment {raw:.0f} steps/s; load average {os.getloadavg()[0]:.1f}")
+    print(
+        f"{arguments.task}: one bare environment {raw:.0f} steps/s; load average {os.getloadavg()[0]:.1f}"
+    )
     worst = float("inf")
     for agent in arguments.agents:
         for num_envs in arguments.num_envs:
@@ -169,9 +191,14 @@ def main() -> None:
             ratio = ours["steps_per_s"] / theirs["steps_per_s"]
             worst = min(worst, ratio)
             share = STEPS_PER_UPDATE / ours["rollout_s"] / raw
-            print(f"{agent}, {num_envs} environment(s): {ratio:.1f} times OmniSafe; rollout at {share:.0%} of the raw speed")
+            print(
+                f"{agent}, {num_envs} environment(s): {ratio:.1f} times OmniSafe; rollout at {share:.0%} of the raw speed"
+            )
             for name, figures in (("ours", ours), ("omnisafe", theirs)):
-                print(f"  {name}: {json.dumps({k: round(v, 2) for k, v in figures.items()})}", flush=True)
+                print(
+                    f"  {name}: {json.dumps({k: round(v, 2) for k, v in figures.items()})}",
+                    flush=True,
+                )
     print(f"lowest ratio {worst:.1f}; at least 4 required: {'ok' if worst >= 4 else 'FAILED'}")
     sys.exit(worst < 4)
 

@@ -1,7 +1,10 @@
-"""The figures of the core, measured side by side in one process: ``python tests/performance/core_speed.py``.
+"""The figures of the core, measured side by side in one process:
 
-Projection against the same problem through cvxpy; double-integrator stepping at 4096 environments; the share of an SCPO update that is
-spent in rollouts; the time of ``scpo-bench --help``. Medians, except where it says best: a busy neighbour only ever adds time.
+``python tests/performance/core_speed.py``.
+
+Projection against the same problem through cvxpy; double-integrator stepping at 4096 environments;
+the share of an SCPO update that is spent in rollouts; the time of ``scpo-bench --help``. Medians,
+except where it says best: a busy neighbour only ever adds time.
 """
 
 from __future__ import annotations
@@ -18,9 +21,9 @@ import torch
 
 import scpo_bench  # noqa: F401 - registers the tasks
 from scpo_bench.policies import AffineBackup
+from scpo_bench.runs.native_vec_env import NativeVecEnv
 from scpo_bench.scpo.agent import SCPO
 from scpo_bench.scpo.projection import Certificate, project
-from scpo_bench.vec_env import NativeVecEnv
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from test_projection import reference
@@ -30,18 +33,26 @@ def projection(k: int = 4, m: int = 16, repeats: int = 60) -> None:
     rng = np.random.default_rng(0)
     ours, theirs = [], []
     for _ in range(repeats):
-        certificate = Certificate(-rng.exponential(0.1, k), rng.normal(size=(k, m)), np.full(k, 1e-3), np.full(k, 5.0))
+        certificate = Certificate(
+            -rng.exponential(0.1, k), rng.normal(size=(k, m)), np.full(k, 1e-3), np.full(k, 5.0)
+        )
         target = rng.normal(size=m)
         for times, call in ((ours, project), (theirs, reference)):
             began = time.perf_counter()
             call(certificate, target, 1.0)
             times.append(time.perf_counter() - began)
     a, b = statistics.median(ours) * 1e3, statistics.median(theirs) * 1e3
-    print(f"projection k={k} m={m}: {a:.2f} ms (best {min(ours) * 1e3:.2f}), cvxpy {b:.2f} ms, ratio {b / a:.1f}")
+    print(
+        f"projection k={k} m={m}: {a:.2f} ms (best {min(ours) * 1e3:.2f}), cvxpy {b:.2f} ms, ratio {b / a:.1f}"
+    )
 
 
 def stepping(num_envs: int = 4096, steps: int = 300) -> None:
-    env = gym.make_vec("scpo_bench/DoubleIntegratorImitation-v0", num_envs=num_envs, vectorization_mode="vector_entry_point")
+    env = gym.make_vec(
+        "scpo_bench/DoubleIntegratorImitation-v0",
+        num_envs=num_envs,
+        vectorization_mode="vector_entry_point",
+    )
     env.reset(seed=0)
     actions = np.zeros((num_envs, 1), np.float32)
     rates = []
@@ -50,14 +61,26 @@ def stepping(num_envs: int = 4096, steps: int = 300) -> None:
         for _ in range(steps):
             env.step(actions)
         rates.append(num_envs * steps / (time.perf_counter() - began) / 1e6)
-    print(f"native double integrator, {num_envs} environments: {statistics.median(rates):.1f} M steps/s (best {max(rates):.1f})")
+    print(
+        f"native double integrator, {num_envs} environments: {statistics.median(rates):.1f} M steps/s (best {max(rates):.1f})"
+    )
 
 
 def update_share(updates: int = 10) -> None:
     env = NativeVecEnv(
-        gym.make_vec("scpo_bench/DoubleIntegratorImitation-v0", num_envs=32, vectorization_mode="vector_entry_point")
+        gym.make_vec(
+            "scpo_bench/DoubleIntegratorImitation-v0",
+            num_envs=32,
+            vectorization_mode="vector_entry_point",
+        )
     )
-    agent = SCPO("MlpPolicy", env, seed=0, policy_kwargs={"backup": AffineBackup(*env.task.backup_gain())}, learning_rate=0.3)
+    agent = SCPO(
+        "MlpPolicy",
+        env,
+        seed=0,
+        policy_kwargs={"backup": AffineBackup(*env.task.backup_gain())},
+        learning_rate=0.3,
+    )
     agent.learn(32 * 30 * 3)
     evaluator, spent = agent.evaluator, 0.0
 

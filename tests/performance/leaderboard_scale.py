@@ -1,8 +1,9 @@
-"""How long leaderboards of many runs take: ``python tests/performance/leaderboard_scale.py [--runs 200] [--updates
-300]``.
+"""How long leaderboards of many runs take:
 
-Writes synthetic records into a temporary folder, then times each output in a fresh process, so that imports and peak
-memory count.
+``python tests/performance/leaderboard_scale.py [--runs 200] [--updates 300]``.
+
+Writes synthetic records into a temporary folder, then times each output in a fresh process, so that
+imports and peak memory count.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from scpo_bench.leaderboard.page import render_page
 size = len(render_page(Path(root), "s"))
 """,
     "verify": """
-from scpo_bench.leaderboard.verify import verify
+from scpo_bench.submissions.verify import verify
 report = verify(Path(root))
 assert report.ok, report
 size = report.runs
 """,
     "bundle": """
-from scpo_bench.leaderboard.verify import bundle
+from scpo_bench.submissions.verify import bundle
 size = bundle(Path(root), "s", Path(root).parent / "b.tar.gz").stat().st_size
 """,
     "plot": """
@@ -70,11 +71,16 @@ def main() -> None:
         for name, step in STEPS.items():
             began = time.perf_counter()
             done = subprocess.run(
-                [sys.executable, "-c", MEASURE.format(step=step), str(root)], check=True, capture_output=True, text=True
+                [sys.executable, "-c", MEASURE.format(step=step), str(root)],
+                check=True,
+                capture_output=True,
+                text=True,
             )
             size, memory_mb, cpu_s = done.stdout.split()
             wall_s = time.perf_counter() - began
-            print(f"{name:22s} {wall_s:6.1f} s ({float(cpu_s):5.1f} s of it on a core)  {memory_mb:>5s} MB peak  (size {size})")
+            print(
+                f"{name:22s} {wall_s:6.1f} s ({float(cpu_s):5.1f} s of it on a core)  {memory_mb:>5s} MB peak  (size {size})"
+            )
 
 
 if __name__ == "__main__":

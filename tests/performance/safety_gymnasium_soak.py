@@ -1,15 +1,17 @@
 """Random stepping over random tasks, seeds and actions: no crash, no NaN, no memory growth.
 
-    python tests/performance/safety_gymnasium_soak.py --minutes 20 [--seed 0] [--vision] [--original 0.1]
+    python tests/performance/safety_gymnasium_soak.py --minutes 20 [--seed 0] [--vision] [--original
+    0.1]
 
-Tasks are made, used for up to 400 steps with resets, sometimes replaced by their own pickle, and closed.  Actions are
-random, extreme, zero, held, or beyond the bounds.  Memory is the process's resident set after a collection and, on
-glibc, after the allocator has given its free pages back (raw readings jump by the 50 to 100 MB that it keeps of a
-compilation); the raw one is printed beside it.  Growth is counted from the end of the warm-up (a tenth of the time,
-60 s at least) to the end, as medians of each tenth.
-``--original`` gives that share of the environments the original code path; it makes memory harder to judge, since
-MuJoCo keeps what it compiled last, with the sky (190 MB) if that was the original path's.
-Exit status 1 on a crash, a value that is not finite, or growth beyond 50 MB.
+Tasks are made, used for up to 400 steps with resets, sometimes replaced by their own pickle, and
+closed.  Actions are random, extreme, zero, held, or beyond the bounds.  Memory is the process's
+resident set after a collection and, on glibc, after the allocator has given its free pages back
+(raw readings jump by the 50 to 100 MB that it keeps of a compilation); the raw one is printed
+beside it.  Growth is counted from the end of the warm-up (a tenth of the time, 60 s at least) to
+the end, as medians of each tenth. ``--original`` gives that share of the environments the original
+code path; it makes memory harder to judge, since MuJoCo keeps what it compiled last, with the sky
+(190 MB) if that was the original path's. Exit status 1 on a crash, a value that is not finite, or
+growth beyond 50 MB.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import gymnasium
 import numpy as np
 
 import scpo_bench  # noqa: F401 - registers the ids
-from scpo_bench.envs.safety_gymnasium import TASKS
+from scpo_bench.envs.safety_gymnasium.tasks import TASKS
 
 GROWTH_LIMIT_MB = 50.0
 
@@ -46,8 +48,12 @@ def give_back_free_pages() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def action_of(rng: np.random.Generator, kind: int, space: gymnasium.spaces.Box, held: np.ndarray) -> np.ndarray:
-    """One action of a kind: random, a corner of the box, zero, held, far outside, an edge per component."""
+def action_of(
+    rng: np.random.Generator, kind: int, space: gymnasium.spaces.Box, held: np.ndarray
+) -> np.ndarray:
+    """One action of a kind: random, a corner of the box, zero, held, far outside, an edge per
+    component.
+    """
     if kind == 0:
         return rng.uniform(space.low, space.high)
     if kind == 1:
@@ -70,7 +76,9 @@ def check_finite(env_id: str, observation: object, reward: float, cost: float) -
         raise FloatingPointError(f"{env_id}: reward {reward}, cost {cost}")
 
 
-def use_one_task(rng: np.random.Generator, ids: list[str], tally: dict[str, int], original: float) -> None:
+def use_one_task(
+    rng: np.random.Generator, ids: list[str], tally: dict[str, int], original: float
+) -> None:
     """Make a task, step it for a while, close it."""
     env_id = str(rng.choice(ids))
     fast = bool(rng.random() >= original)
@@ -103,15 +111,27 @@ def use_one_task(rng: np.random.Generator, ids: list[str], tally: dict[str, int]
 
 def main() -> None:
     """Run, print a line per tenth, and judge."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vision", action="store_true", help="include the vision ids (needs an OpenGL backend)")
-    parser.add_argument("--original", type=float, default=0.0, help="share of environments on the original path")
+    parser.add_argument(
+        "--vision", action="store_true", help="include the vision ids (needs an OpenGL backend)"
+    )
+    parser.add_argument(
+        "--original", type=float, default=0.0, help="share of environments on the original path"
+    )
     arguments = parser.parse_args()
-    ids = [task.id for task in TASKS.values() if not task.needs_missing_assets and (arguments.vision or task.variant != "vision")]
+    ids = [
+        task.id
+        for task in TASKS.values()
+        if not task.needs_missing_assets and (arguments.vision or task.variant != "vision")
+    ]
     rng = np.random.default_rng(arguments.seed)
-    tally = dict.fromkeys(("environments", "steps", "resets", "goals", "costly steps", "pickles"), 0)
+    tally = dict.fromkeys(
+        ("environments", "steps", "resets", "goals", "costly steps", "pickles"), 0
+    )
     seconds = 60 * arguments.minutes
     warm_up = max(60.0, seconds / 10)
     start = time.monotonic()
@@ -125,14 +145,19 @@ def main() -> None:
         readings.append((elapsed, resident_mb()))
         if elapsed >= shown * seconds / 10:
             shown += 1
-            print(f"{elapsed / 60:5.1f} min  {readings[-1][1]:7.1f} MB (raw {raw:.1f})  {tally}", flush=True)
+            print(
+                f"{elapsed / 60:5.1f} min  {readings[-1][1]:7.1f} MB (raw {raw:.1f})  {tally}",
+                flush=True,
+            )
     times, memory = np.array(readings).T
     first = memory[(times >= warm_up) & (times < warm_up + seconds / 10)]
     last = memory[times >= seconds * 0.9]
     if not (len(first) and len(last)):
         sys.exit("too short to judge memory: give it 3 minutes or more")
     growth = float(np.median(last) - np.median(first))
-    print(f"resident memory: {np.median(first):.1f} MB after warm-up, {np.median(last):.1f} MB at the end, {growth:+.1f}")
+    print(
+        f"resident memory: {np.median(first):.1f} MB after warm-up, {np.median(last):.1f} MB at the end, {growth:+.1f}"
+    )
     if growth > GROWTH_LIMIT_MB:
         sys.exit(f"memory grew by {growth:.1f} MB, more than {GROWTH_LIMIT_MB}")
 

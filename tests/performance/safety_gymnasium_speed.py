@@ -1,10 +1,11 @@
-"""Speed of the fast path against the original code path: interleaved in one run, medians over rounds.
+"""Speed of the fast path against the original code path: interleaved in one run, medians over
+rounds.
 
     python tests/performance/safety_gymnasium_speed.py [--rounds 15] [--steps 200] [ids ...]
 
-Prints a table: steps/s of both paths and their ratio, then milliseconds per reset of both and their ratio.  A round
-times the same steps, from the same seed with the same actions, on one path and then the other; a ratio is the median
-of the rounds' ratios, so that load from elsewhere hits both alike.
+Prints a table: steps/s of both paths and their ratio, then milliseconds per reset of both and their
+ratio.  A round times the same steps, from the same seed with the same actions, on one path and then
+the other; a ratio is the median of the rounds' ratios, so that load from elsewhere hits both alike.
 """
 
 from __future__ import annotations
@@ -54,7 +55,12 @@ def measure(env_id: str, rounds: int, steps: int) -> dict[str, float]:
     fast.action_space.seed(0)
     fast.reset(seed=0)
     original.reset(seed=0)
-    times: dict[str, list[float]] = {"fast": [], "original": [], "fast_reset": [], "original_reset": []}
+    times: dict[str, list[float]] = {
+        "fast": [],
+        "original": [],
+        "fast_reset": [],
+        "original_reset": [],
+    }
     for seed in range(rounds):
         actions = [fast.action_space.sample() for _ in range(steps)]
         times["fast"].append(timed_steps(fast, actions, seed))
@@ -66,18 +72,24 @@ def measure(env_id: str, rounds: int, steps: int) -> dict[str, float]:
     original.close()
     medians = {name: float(np.median(values)) for name, values in times.items()}
     medians["speedup"] = float(np.median(np.array(times["original"]) / times["fast"]))
-    medians["reset_speedup"] = float(np.median(np.array(times["original_reset"]) / times["fast_reset"]))
+    medians["reset_speedup"] = float(
+        np.median(np.array(times["original_reset"]) / times["fast_reset"])
+    )
     return medians
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("ids", nargs="*", default=list(TASKS))
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=200)
     arguments = parser.parse_args()
-    print(f"{'task':<24} {'fast':>8} {'original':>9} {'ratio':>6}   {'reset ms':>9} {'original':>9} {'ratio':>6}")
+    print(
+        f"{'task':<24} {'fast':>8} {'original':>9} {'ratio':>6}   {'reset ms':>9} {'original':>9} {'ratio':>6}"
+    )
     for env_id in arguments.ids:
         m = measure(env_id, arguments.rounds, arguments.steps)
         print(

@@ -1,14 +1,19 @@
-"""Steps per second of vector environments: in one process, gymnasium's shared-memory workers, SB3's pipe workers, ours.
+"""Steps per second of vector environments: in one process, gymnasium's shared-memory workers, SB3's
+pipe workers, ours.
 
-    python tests/performance/safety_gymnasium_vector.py [--rounds 15] [--steps 200] [--envs 16] [--workers 2] [ids ...]
+    python tests/performance/safety_gymnasium_vector.py [--rounds 15] [--steps 200] [--envs 16]
+    [--workers 2] [ids ...]
 
-The same number of environments everywhere. gymnasium and SB3 have one process per environment; ours has several environments in
-each, so that a message pays for many steps, and moves some of them as one process lags, where it can. The last line of a table
-is what the machine has to give: as many processes as workers, each stepping its share without ever waiting for another. Every
-round times each kind once, in turn, so that load from elsewhere hits all alike; printed are the medians of environment steps
-per second, and the ratios to one worker: the median of the rounds' ratios, the ratio of the median rounds, and that of the
-fastest ones, which load from elsewhere disturbs least. Workers need idle cores to show anything; where two cores are threads of
-one, or shared with others, the last line is below two as well.
+The same number of environments everywhere. gymnasium and SB3 have one process per environment; ours
+has several environments in each, so that a message pays for many steps, and moves some of them as
+one process lags, where it can. The last line of a table
+is what the machine has to give: as many processes as workers, each stepping its share without ever
+waiting for another. Every round times each kind once, in turn, so that load from elsewhere hits all
+alike; printed are the medians of environment steps
+per second, and the ratios to one worker: the median of the rounds' ratios, the ratio of the median
+rounds, and that of the fastest ones, which load from elsewhere disturbs least. Workers need idle
+cores to show anything; where two cores are threads of one, or shared with others, the last line is
+below two as well.
 """
 
 from __future__ import annotations
@@ -25,19 +30,21 @@ import numpy as np
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
 import scpo_bench  # noqa: F401 - registers the ids
-from scpo_bench.worker_env import WorkerVecEnv
+from scpo_bench.runs.worker_env import WorkerVecEnv
 
 _own: list[Any] = []  # in a process of Apart: its vector environment
 
 
 class Apart:
-    """Processes that step an equal share of the environments each, without waiting for one another."""
+    """Processes that step an equal share of the environments each, without waiting for one another.
+    """
 
     def __init__(self, env_id: str, count: int, processes: int) -> None:
         self._shares = np.array_split(np.arange(count), processes)
         context = multiprocessing.get_context("forkserver")
         self._pools = [
-            ProcessPoolExecutor(1, context, initializer=_make, initargs=(env_id, len(share))) for share in self._shares
+            ProcessPoolExecutor(1, context, initializer=_make, initargs=(env_id, len(share)))
+            for share in self._shares
         ]
 
     def reset(self) -> None:
@@ -46,7 +53,9 @@ class Apart:
 
     def run(self, actions: np.ndarray) -> None:
         """All of ``actions`` [T, count, k]."""
-        for future in [pool.submit(_run, actions[:, share]) for pool, share in zip(self._pools, self._shares)]:
+        for future in [
+            pool.submit(_run, actions[:, share]) for pool, share in zip(self._pools, self._shares)
+        ]:
             future.result()
 
     def close(self) -> None:
@@ -66,7 +75,9 @@ def _run(actions: np.ndarray) -> None:
 
 
 def _hidden(make: Any) -> Any:
-    """A function of which WorkerVecEnv cannot know that what it makes is always the same, and so may be moved."""
+    """A function of which WorkerVecEnv cannot know that what it makes is always the same, and so
+    may be moved.
+    """
     return lambda: make()
 
 
@@ -76,10 +87,14 @@ def kinds(env_id: str, count: int, workers: int) -> dict[str, Any]:
     return {
         "SB3 DummyVecEnv (one process)": DummyVecEnv(fns),
         "SB3 SubprocVecEnv (pipes)": SubprocVecEnv(fns, start_method="forkserver"),
-        "gymnasium async (shared memory)": gymnasium.make_vec(env_id, num_envs=count, vectorization_mode="async"),
+        "gymnasium async (shared memory)": gymnasium.make_vec(
+            env_id, num_envs=count, vectorization_mode="async"
+        ),
         "WorkerVecEnv, 1 worker": WorkerVecEnv(fns, 1),
         f"WorkerVecEnv, {workers} workers": WorkerVecEnv(fns, workers),
-        f"WorkerVecEnv, {workers} workers, none moved": WorkerVecEnv([_hidden(fn) for fn in fns], workers),
+        f"WorkerVecEnv, {workers} workers, none moved": WorkerVecEnv(
+            [_hidden(fn) for fn in fns], workers
+        ),
         f"{workers} processes, each on its own": Apart(env_id, count, workers),
     }
 
@@ -97,8 +112,12 @@ def steps_per_second(env: Any, count: int, actions: np.ndarray) -> float:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("ids", nargs="*", default=["SafetyHopperVelocity-v1", "SafetyPointGoal1-v0"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "ids", nargs="*", default=["SafetyHopperVelocity-v1", "SafetyPointGoal1-v0"]
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--envs", type=int, default=16)

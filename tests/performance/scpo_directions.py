@@ -1,8 +1,11 @@
-"""What each kind of probed direction buys SCPO: agent scpo-ppo on the regulation task, all weights of its network, few directions.
+"""What each kind of probed direction buys SCPO: agent scpo-ppo on the regulation task, all weights
+of its network, few directions.
 
-    python tests/performance/scpo_directions.py --write docs/scpo_directions.md     (about 10 minutes on 2 cores)
+    python tests/performance/scpo_directions.py --write docs/scpo_directions.md     (about 10
+    minutes on 2 cores)
 
-Every row is the same agent with the same proposals; only the directions in which its steps may bend differ.
+Every row is the same agent with the same proposals; only the directions in which its steps may bend
+differ.
 """
 
 from __future__ import annotations
@@ -26,21 +29,35 @@ ROWS = (
     ("+ the cost critic's gradient, 2 random", 4, ("cost",)),
     ("+ cost critic, way back, 1 random", 4, ("cost", "start")),
     ("+ 3 constraint normals", 4, ("normals",)),
-    ("+ normals, cost critic, way back, momentum, 1 random", 8, ("normals", "cost", "start", "momentum")),
+    (
+        "+ normals, cost critic, way back, momentum, 1 random",
+        8,
+        ("normals", "cost", "start", "momentum"),
+    ),
 )
 
 
 def run(job: tuple[int, tuple[str, ...], int]) -> tuple[float, float, int, int]:
-    """(objective at the end, share of updates that moved by less than a hundredth of the proposal, violating iterates, updates)."""
-    from scpo_bench.harness import run_cell
-    from scpo_bench.records import Cell, read_updates
+    """(objective at the end, share of updates that moved by less than a hundredth of the proposal,
+    violating iterates, updates).
+    """
+    from scpo_bench.records.files import read_updates
+    from scpo_bench.records.schema import Cell
+    from scpo_bench.runs.harness import run_cell
 
     directions, candidates, seed = job
     config = {**CONFIG, "directions": directions, "candidates": list(candidates)}
     cell = Cell(
-        agent="scpo-ppo", task=TASK, seed=seed, steps=UPDATES * PER_UPDATE, num_envs=32, cost_limit=0.0, evaluation_episodes=500,
-        start="backup", config=config,
-    )  # fmt: skip
+        agent="scpo-ppo",
+        task=TASK,
+        seed=seed,
+        steps=UPDATES * PER_UPDATE,
+        num_envs=32,
+        cost_limit=0.0,
+        evaluation_episodes=500,
+        start="backup",
+        config=config,
+    )
     with tempfile.TemporaryDirectory() as folder:
         result = run_cell(cell, Path(folder), "ablation")
         if result.status != "finished":
@@ -49,7 +66,12 @@ def run(job: tuple[int, tuple[str, ...], int]) -> tuple[float, float, int, int]:
     moved = [u.diagnostics["step_norm"] / u.diagnostics["proposal_norm"] for u in updates[1:]]
     stuck = sum(share < 0.01 for share in moved) / len(moved)
     assert updates[-1].iterate_objective is not None
-    return updates[-1].iterate_objective, stuck, sum(bool(u.iterate_violates) for u in updates), len(updates)
+    return (
+        updates[-1].iterate_objective,
+        stuck,
+        sum(bool(u.iterate_violates) for u in updates),
+        len(updates),
+    )
 
 
 def main() -> None:

@@ -1,9 +1,11 @@
-"""Where the time of SCPO's updates goes on a Safety-Gymnasium task, and what a second process brings.
+"""Where the time of SCPO's updates goes on a Safety-Gymnasium task, and what a second process
+brings.
 
     python tests/performance/scpo_update_profile.py [--task SafetyPointGoal1-v0] [--updates 6]
 
-One process: the share of the time spent in environments' ``step`` and ``reset``, training and rollouts together. Two processes: wall
-clock against one. Run it on a machine that does nothing else.
+One process: the share of the time spent in environments' ``step`` and ``reset``, training and
+rollouts together. Two processes: wall clock against one. Run it on a machine that does nothing
+else.
 """
 
 from __future__ import annotations
@@ -47,16 +49,22 @@ def learn(task: str, updates: int, workers: int) -> tuple[float, int, int]:
     """(seconds, interaction steps, probe steps) of training; start-up is not counted."""
     import torch
 
-    from scpo_bench.recorder import RecordingVecEnv
-    from scpo_bench.scpo.around import ProjectedPPO
-    from scpo_bench.worker_env import WorkerVecEnv
+    from scpo_bench.runs.recorder import RecordingVecEnv
+    from scpo_bench.runs.worker_env import WorkerVecEnv
+    from scpo_bench.scpo.wrap import ProjectedPPO
 
     torch.set_num_threads(1)
     env = RecordingVecEnv(WorkerVecEnv([functools.partial(make, task)] * 4, workers))
     agent = ProjectedPPO(
-        "MlpPolicy", env, seed=0, make_env=functools.partial(make, task), workers=workers, n_steps=PER_UPDATE // 4, batch_size=250,
+        "MlpPolicy",
+        env,
+        seed=0,
+        make_env=functools.partial(make, task),
+        workers=workers,
+        n_steps=PER_UPDATE // 4,
+        batch_size=250,
         cost_limit=1_000.0,  # out of the way: what is timed is the work, not what comes of it
-    )  # fmt: skip
+    )
     assert agent.constraints is not None
     agent._rollouts(np.zeros((2, agent.weights.dimension)), range(2))  # starts the processes
     env.probe_meter.steps, Timed.seconds = 0, 0.0
@@ -74,7 +82,9 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=6)
     arguments = parser.parse_args()
     one, steps, probes = learn(arguments.task, arguments.updates, 1)
-    print(f"{arguments.task}, {arguments.updates} updates: {steps} interaction steps, {probes} probe steps")
+    print(
+        f"{arguments.task}, {arguments.updates} updates: {steps} interaction steps, {probes} probe steps"
+    )
     print(f"one process: {one:.1f} s, {100 * Timed.seconds / one:.0f} % of it in environments")
     two, *_ = learn(arguments.task, arguments.updates, 2)
     print(f"two processes: {two:.1f} s, {one / two:.2f} times as fast")

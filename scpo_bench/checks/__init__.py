@@ -1,0 +1,1 @@
+"""Checks of agents and of SCPO itself: conformance, falsification, the oracle."""

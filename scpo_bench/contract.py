@@ -1,0 +1,215 @@
+"""What tasks, agents and the harness agree on, where they meet.
+
+Tasks report ``info["cost"]`` >= 0 at every step and, where they have them, signed
+``info["constraint_values"]`` (violated where > 0). Agents have the surface of a Stable-Baselines3
+algorithm. The harness measures at the environment boundary; an agent reports nothing about its own
+safety.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import gymnasium as gym
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.vec_env import VecNormalize
+
+Floats = NDArray[np.float64]
+# A NumPy array or a torch tensor: both have the operators and the .clip() that the tasks use.
+Array = Any
+# One array per state, action or constraint component, all of one shape.
+Components = tuple[Array, ...]
+
+
+class Agent(Protocol):
+    """The surface of a Stable-Baselines3 ``BaseAlgorithm`` that the harness relies on.
+
+    It is constructed as ``Agent(policy, env, seed=..., **config)``. An optional attribute
+    ``diagnostics`` (a dictionary of floats) holds numbers about its last update, which are
+    recorded.
+    """
+
+    num_timesteps: int
+
+    def learn(
+        self, total_timesteps: int, callback: BaseCallback, *, reset_num_timesteps: bool = True
+    ) -> object:
+        """Train for ``total_timesteps`` interaction steps and call ``callback`` as SB3 does."""
+        ...
+
+    def predict(
+        self, observation: NDArray[Any], *, deterministic: bool = False
+    ) -> tuple[NDArray[Any], object]:
+        """(actions [n, ...], state) for observations [n, ...]."""
+        ...
+
+    def get_vec_normalize_env(self) -> VecNormalize | None:
+        """The wrapper whose statistics normalise this agent's observations, if it has one."""
+        ...
+
+
+@dataclass
+class ProbeMeter:
+    """What constraint evaluation has cost so far.
+
+    steps: environment steps; violations: evaluated policies that violated a constraint.
+    """
+
+    steps: int = 0
+    violations: int = 0
+
+
+def task_of(env: Any) -> BatchedTask | None:
+    """The batched task of a (wrapped) vector environment; None where it has none."""
+    task = getattr(env.unwrapped, "task", None)
+    return task if isinstance(task, BatchedTask) else None
+
+
+def probe_meter_of(env: Any) -> ProbeMeter:
+    """The meter of the harness's recording wrapper; a fresh one outside of the harness."""
+    while env is not None:
+        meter = getattr(env, "probe_meter", None)
+        if isinstance(meter, ProbeMeter):
+            return meter
+        env = getattr(env, "venv", None)
+    return ProbeMeter()
+
+
+class BatchedTask:
+    """A task as pure functions.
+
+    Every array argument and result has one shape, the batch's, whatever it is.
+
+    Attributes
+    ----------
+    observation_space, action_space: Box spaces, one entry per component.
+    horizon: steps per episode; the task's environments truncate there themselves, because a
+    constraint may be in force at
+        the last step alone.
+    constraint_horizon: steps from a start state after which its constraints are known (the horizon,
+    as a rule).
+    constraint_names: one name per constraint; a value is violated where it is > 0.
+    objective_name: what ``info["objective_loss"]`` measures (lower is better).
+    """
+
+    observation_space: gym.spaces.Box
+    action_space: gym.spaces.Box
+    horizon: int
+    constraint_horizon: int
+    constraint_names: tuple[str, ...]
+    objective_name: str
+
+    def sample_starts(self, n: int, rng: np.random.Generator) -> Components:
+        """n start states from the task's start distribution. Each component: [n]."""
+        raise NotImplementedError
+
+    def design_starts(self, n: int) -> Components:
+        """n start states that cover the start set, its boundary included, for evaluating
+        constraints. Each: [n].
+        """
+        raise NotImplementedError
+
+    def next_state(
+        self, state: Components, action: Components, disturbance: Components | None = None
+    ) -> Components:
+        """The state after one step.
+
+        The action is clipped to the action space here, as an actuator would.
+        """
+        raise NotImplementedError
+
+    def reward(self, state: Components, action: Components) -> Array:
+        """Reward of taking ``action`` in ``state``."""
+        raise NotImplementedError
+
+    def constraint_values(
+        self, state: Components, action: Components, next_state: Components, last: bool
+    ) -> Components:
+        """Signed constraint values of one step, violated where > 0.
+
+        ``last``: this step ends the episode at the horizon.
+        """
+        raise NotImplementedError
+
+    def objective_loss(
+        self, state: Components, action: Components, step: int
+    ) -> tuple[Array, Array]:
+        """(loss, counts): the loss of this step and whether it is part of the task's objective
+        (bool).
+        """
+        raise NotImplementedError
+
+    def label(self, state: Components) -> Components | None:
+        """The supervisor's action in ``state``: an expert's action or a regression label; None
+        where there is no supervisor.
+        """
+        return None
+
+    def disturbance(self, n: int, rng: np.random.Generator) -> Components | None:
+        """Process noise for one step, or None where the task is deterministic. Each component: [n].
+        """
+        return None
+
+    def backup_gain(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(gain [action_dim, obs_dim], offset [action_dim]) of the safe backup controller u = gain
+        @ x + offset.
+        """
+        raise NotImplementedError
+
+    def clip_action(self, action: Components) -> Components:
+        low, high = self.action_space.low, self.action_space.high
+        return tuple(a.clip(float(lo), float(hi)) for a, lo, hi in zip(action, low, high))
+
+
+def read_costs(infos: Sequence[dict[str, Any]], cost_keys: Sequence[str]) -> NDArray[np.float64]:
+    """Costs of one vectorised step. Returns [N, C]: environments x constraints.
+
+    Raises KeyError naming the environment and the key where ``info`` lacks one.
+    """
+    try:
+        return np.array([[info[key] for key in cost_keys] for info in infos], dtype=np.float64)
+    except KeyError:
+        env, key = next((i, k) for i, info in enumerate(infos) for k in cost_keys if k not in info)
+        message = f"environment {env}: info has no {key!r}; a constrained agent needs info[{key!r}] at every step"
+        raise KeyError(message) from None
+
+
+def check_finite(step: int, **fields: NDArray[Any]) -> None:
+    """Raise FloatingPointError naming step, environment index and field if any array holds NaN or
+    infinity.
+
+    step: environment steps taken so far (all environments together). fields: name -> array [N,
+    ...].
+    """
+    for name, values in fields.items():
+        if not np.isfinite(values).all():
+            rows = np.isfinite(values.reshape(len(values), -1)).all(axis=1)
+            env = int(np.flatnonzero(~rows)[0])
+            raise FloatingPointError(
+                f"step {step}, environment {env}: {name} is not finite: {values[env]}"
+            )
+
+
+def check_transition(
+    step: int,
+    observations: NDArray[Any],
+    rewards: NDArray[Any],
+    costs: NDArray[Any],
+    dones: NDArray[np.bool_],
+    infos: Sequence[dict[str, Any]],
+) -> None:
+    """``check_finite`` on everything one vectorised step returned, terminal observations included.
+    """
+    check_finite(step, observation=observations, reward=rewards, cost=costs)
+    for env in np.flatnonzero(dones):
+        terminal = np.asarray(infos[env].get("terminal_observation", 0.0))
+        if not np.isfinite(terminal).all():
+            raise FloatingPointError(
+                f"step {step}, environment {env}: terminal_observation is not finite: {terminal}"
+            )

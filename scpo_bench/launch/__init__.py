@@ -1,1 +1,0 @@
-"""Running many cells: local processes, one cell each."""

@@ -1,0 +1,135 @@
+"""What a record says: the cell that was run, the run, and one :class:`Update` per policy update."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = 1
+TIMING_FIELDS = frozenset({"wall_time_s", "steps_per_s"})
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Cell(_Strict):
+    """What defines a run.
+
+    Two cells with the same key give the same record on the same versions and machine type.
+    """
+
+    agent: str
+    """Name in the registry, or module:Class."""
+    task: str
+    """Gymnasium id."""
+    seed: int = Field(ge=0)
+    steps: int = Field(ge=1)
+    """Budget of interaction steps."""
+    start: Literal["backup", "zero", "random"] = "random"
+    num_envs: int = Field(1, ge=1)
+    evaluation_episodes: int = Field(10, ge=1)
+    """Held-out episodes per deterministic evaluation."""
+    evaluation_interval: int = Field(1, ge=1)
+    """Evaluate after every this many updates (and after the last one)."""
+    cost_limit: float = Field(ge=0)
+    """d, in cost units per episode. 0: any violated constraint value counts."""
+    normalize: bool = False
+    """Normalise observations for the agent with running statistics (SB3's VecNormalize)."""
+    env: dict[str, Any] = {}
+    """Keyword arguments of the environment."""
+    config: dict[str, Any] = {}
+    """What the suite sets of the agent's configuration."""
+
+    def key(self) -> str:
+        """Hash of exactly the fields above and the schema version. 64 hexadecimal digits."""
+        return _sha256([canonical({"schema": SCHEMA_VERSION, **self.model_dump(mode="json")})])
+
+
+class Update(_Strict):
+    """One update of the policy. Update 0 is the start policy: evaluated, nothing collected yet.
+
+    Counters are cumulative. ``None`` means not measured: no episode ended, no signed constraint
+    values, no evaluation here.
+    """
+
+    update: int = Field(ge=0)
+    interaction_steps: int = Field(ge=0)
+    probe_steps: int = Field(ge=0)
+    episodes: int = Field(ge=0)
+    """Episodes that ended in this update's data collection; the next four describe them."""
+    return_mean: float | None = None
+    cost_mean: float | None = None
+    cost_max: float | None = None
+    cost_sum: float = 0.0
+    """Cost of all steps of this update's data collection, finished episodes or not."""
+    violating_episodes: int = Field(0, ge=0)
+    """Of these episodes, those with cost > limit."""
+    violating_steps: int = Field(0, ge=0)
+    """Steps of this collection with cost > 0."""
+    worst_constraint_value: float | None = None
+    """Largest signed constraint value of this collection."""
+    iterate_return: float | None = None
+    """The new policy, evaluated deterministically on held-out starts: mean return ..."""
+    iterate_cost: float | None = None
+    """... mean cost per episode ..."""
+    iterate_worst_constraint_value: float | None = None
+    """... largest signed constraint value of any step ..."""
+    iterate_objective: float | None = None
+    """... mean of info["objective_loss"], where the task has an objective (lower is better) ..."""
+    iterate_violates: bool | None = None
+    """... and whether that exceeds the limit (limit 0: any constraint value > 0, or any cost where
+    there are none).
+    """
+    probe_violations: int = Field(0, ge=0)
+    """Candidate policies that violated while being evaluated, cumulative."""
+    diagnostics: dict[str, float | None] = {}
+    """The agent's own numbers."""
+    wall_time_s: float = Field(0.0, ge=0)
+    steps_per_s: float = Field(0.0, ge=0)
+
+
+class Run(_Strict):
+    """run.json: what was asked, where and when it ran, and how it ended."""
+
+    schema_version: Literal[1] = 1
+    suite: str
+    key: str
+    cell: Cell
+    status: Literal["running", "finished", "failed", "interrupted"]
+    error: str | None = None
+    updates: int = 0
+    digest: str | None = None
+    """Of a finished run: hash of its updates, timing aside."""
+    resolved_config: dict[str, Any] = {}
+    """The agent's configuration with every default filled in; ``cell.config`` holds what the suite
+    set.
+    """
+    provenance: dict[str, Any] = {}
+    """Package versions, git commit, CPU, threads."""
+    started: str = ""
+    ended: str | None = None
+
+
+def canonical(value: Any) -> bytes:
+    """JSON with sorted keys and no spaces: one text for one value."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _sha256(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+        digest.update(b"\n")
+    return digest.hexdigest()
+
+
+def digest(updates: Iterable[Update]) -> str:
+    """Hash of the updates without their timing fields."""
+    return _sha256(
+        canonical(u.model_dump(mode="json", exclude=set(TIMING_FIELDS))) for u in updates
+    )

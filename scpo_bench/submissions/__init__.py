@@ -1,0 +1,1 @@
+"""Records of others: bundles, their verification, and running their cells again."""

@@ -1,0 +1,1 @@
+"""Suites files -> validated suites -> cells, and the names of agents and tasks."""
