@@ -1,4 +1,4 @@
-"""The tasks: one environment per file, registered in Gymnasium by ``import scpo_bench``."""
+"""The tasks, registered in Gymnasium by ``import scpo_bench``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from scpo_bench.envs.safety_gymnasium import register_safety_gymnasium
 
 
 def register_tasks() -> None:
-    """Register every task in Gymnasium; nothing heavy is imported.
+    """Register every task in Gymnasium without importing anything heavy.
 
     Calling it again changes nothing.
     """
@@ -18,22 +18,14 @@ def register_tasks() -> None:
 
 def register_custom_tasks() -> None:
     """Register the project's own environments."""
-    for name, module, stem in (
-        (
-            "scpo_bench/DoubleIntegratorImitation-v0",
-            "double_integrator",
-            "DoubleIntegratorImitation",
-        ),
-        (
-            "scpo_bench/DoubleIntegratorRegulation-v0",
-            "double_integrator",
-            "DoubleIntegratorRegulation",
-        ),
-        ("scpo_bench/HarmfulRegression-v0", "harmful_regression", "HarmfulRegression"),
+    for module, stem in (
+        ("double_integrator", "DoubleIntegratorImitation"),
+        ("double_integrator", "DoubleIntegratorRegulation"),
+        ("harmful_regression", "HarmfulRegression"),
     ):
-        if name not in gym.registry:
+        if (task_id := f"scpo_bench/{stem}-v0") not in gym.registry:
             gym.register(
-                id=name,
+                id=task_id,
                 entry_point=f"scpo_bench.envs.{module}:{stem}Env",
                 vector_entry_point=f"scpo_bench.envs.{module}:{stem}VectorEnv",
             )

@@ -1,11 +1,11 @@
-"""The constrained double integrator: imitation of a malicious expert, and regulation with an MPC
-reference.
+"""The constrained double integrator: imitation of a malicious expert, and regulation.
+
+The plant and its controllers, backup and experts, are in ``double_integrator_control``.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -14,156 +14,30 @@ from numpy.typing import NDArray
 
 from scpo_bench.contract import Array, BatchedTask, Components
 from scpo_bench.envs.batched import BatchedTaskEnv, BatchedTaskVectorEnv
+from scpo_bench.envs.double_integrator_control import (
+    DT_S,
+    P_MAX_M,
+    SETPOINT_M,
+    STAGE_Q,
+    STAGE_R,
+    U_MAX_M_S2,
+    V_MAX_M_S,
+    ModelPredictiveController,
+    backup,
+    malicious_action,
+)
 
-DT_S = 0.1
-P_MAX_M = 1.0
-V_MAX_M_S = 1.0
-U_MAX_M_S2 = 1.0
-# Exact zero-order-hold discretisation of p'' = u.
-A = np.array([[1.0, DT_S], [0.0, 1.0]])
-B = np.array([[0.5 * DT_S**2], [DT_S]])
-
-# The regulation task's set-point lies near the edge of the backup's invariant set: far starts have
-# to cross the whole range, where a good controller meets the velocity bound. Stage cost (p - p_ref,
-# v) Q (p - p_ref, v)' + u R u, with cheap control.
-SETPOINT_M = 0.6
-STAGE_Q = np.diag([1.0, 0.1])
-STAGE_R = np.array([[0.02]])
-# The backup is an LQR for a ten to fifty times dearer control: gentle, hence safe far from the
-# origin, and slow.
-BACKUP_Q = np.diag([1.0, 0.1])
-BACKUP_R = np.array([[1.0]])
 # Start states fill this share of the backup's level set, so that the backup is strictly safe from
 # all of them.
 START_SHARE = 0.8
-# Width [m] of the strip around p = 0 over which the malicious expert changes sides (a jump could
-# not be imitated).
-SWITCH_WIDTH_M = 0.1
-
-
-@dataclass(frozen=True)
-class LQR:
-    """u = gain @ x with V(x) = x'Px; {V <= level} is invariant under it and admissible for every
-    bound.
-
-    gain: [1, 2]; P: [2, 2]; level: the largest value for which the set respects |p| <= 1, |v| <= 1
-    and |u| <= 1.
-    """
-
-    gain: NDArray[np.float64]
-    P: NDArray[np.float64]
-    level: float
-
-
-def lqr(Q: NDArray[np.float64], R: NDArray[np.float64]) -> LQR:
-    """Discrete LQR and its largest admissible level set.
-
-    P solves the discrete algebraic Riccati equation; over {x'Px <= c} the maximum of |h.x| is
-    sqrt(c h'P^-1 h), so the largest c with |h_j.x| <= b_j for every bound j is min_j b_j^2 /
-    (h_j'P^-1 h_j). V decreases along u = gain @ x, which is unclipped in the set, so the set is
-    invariant.
-    """
-    from scipy.linalg import solve_discrete_are
-
-    P = solve_discrete_are(A, B, Q, R)
-    gain = -np.linalg.solve(R + B.T @ P @ B, B.T @ P @ A)
-    rows = np.vstack([np.eye(2), gain])
-    bounds = np.array([P_MAX_M, V_MAX_M_S, U_MAX_M_S2])
-    level = float(np.min(bounds**2 / np.einsum("ij,ij->i", rows @ np.linalg.inv(P), rows)))
-    return LQR(gain, P, level)
-
-
-@functools.cache
-def backup() -> LQR:
-    """The stabilising backup controller of both tasks."""
-    return lqr(BACKUP_Q, BACKUP_R)
-
-
-@functools.cache
-def sensible_gain() -> NDArray[np.float64]:
-    """[1, 2]: the LQR gain for the regulation task's own stage cost, which the expert uses in its
-    sensible half.
-    """
-    return lqr(STAGE_Q, STAGE_R).gain
-
-
-class ModelPredictiveController:
-    """min sum_t e'Qe + u'Ru + e_N'P e_N, e = x - (p_ref, 0), s.t. the dynamics, |p| <= 1, |v| <= 1,
-    |u| <= 1: a QP, by OSQP.
-
-    Condensed over the inputs, so that one matrix serves every state and only the bounds change
-    between calls. The terminal weight P is the Riccati solution of the same stage cost. Source:
-    Rawlings, Mayne, Diehl, Model Predictive Control, ch. 2.
-    """
-
-    def __init__(self, steps: int = 30) -> None:
-        import osqp
-        import scipy.sparse as sp
-
-        self._steps = steps
-        phi = np.vstack(
-            [np.linalg.matrix_power(A, t + 1) for t in range(steps)]
-        )  # x_{1..N} from x_0
-        gamma = np.zeros((2 * steps, steps))  # and from u_{0..N-1}
-        for t in range(steps):
-            for s in range(t + 1):
-                gamma[2 * t : 2 * t + 2, s : s + 1] = np.linalg.matrix_power(A, t - s) @ B
-        weight = np.kron(np.eye(steps), STAGE_Q)
-        weight[-2:, -2:] = lqr(STAGE_Q, STAGE_R).P
-        hessian = 2 * (gamma.T @ weight @ gamma + STAGE_R[0, 0] * np.eye(steps))
-        self._phi, self._linear = phi, 2 * gamma.T @ weight @ phi
-        rows = sp.csc_matrix(np.vstack([gamma, np.eye(steps)]))
-        # Tightened by more than OSQP's tolerance: a plan that touches a bound must not cross it.
-        self._x_max = np.tile([P_MAX_M, V_MAX_M_S], steps) - 1e-5
-        bound = np.concatenate([self._x_max, np.full(steps, U_MAX_M_S2)])
-        self._solver = osqp.OSQP()
-        self._solver.setup(
-            P=sp.triu(sp.csc_matrix(hessian), format="csc"),
-            q=np.zeros(steps),
-            A=rows,
-            l=-bound,
-            u=bound,
-            verbose=False,
-            eps_abs=1e-7,
-            eps_rel=1e-7,
-            max_iter=20_000,
-        )
-
-    def action(self, p: float, v: float) -> float:
-        """First input [m/s^2] of the optimal plan from (p [m], v [m/s]).
-
-        RuntimeError if no plan respects the bounds.
-        """
-        x = np.array([p, v])
-        error = np.array(
-            [p - SETPOINT_M, v]
-        )  # (p_ref, 0) is an equilibrium of A, so the error obeys the same dynamics
-        drift = self._phi @ x
-        u_max = np.full(self._steps, U_MAX_M_S2)
-        lower = np.concatenate([-self._x_max - drift, -u_max])
-        upper = np.concatenate([self._x_max - drift, u_max])
-        # OSQP's warm start depends on what was solved before; a cold one makes the action a
-        # function of the state alone.
-        self._solver.update(q=self._linear @ error, l=lower, u=upper)
-        self._solver.warm_start(x=np.zeros(self._steps), y=np.zeros(3 * self._steps))
-        result = self._solver.solve(raise_error=False)
-        if result.info.status not in ("solved", "solved inaccurate"):
-            raise RuntimeError(
-                f"MPC: no admissible plan from p={p:.4f} m, v={v:.4f} m/s (OSQP: {result.info.status})"
-            )
-        return float(np.clip(result.x[0], -U_MAX_M_S2, U_MAX_M_S2))
-
-    def actions(self, p: Array, v: Array) -> NDArray[np.float64]:
-        """:meth:`action` for arrays of states, one QP each."""
-        flat = [self.action(float(a), float(b)) for a, b in zip(np.ravel(p), np.ravel(v))]
-        return np.array(flat).reshape(np.shape(p))
-
 
 Expert = Literal["malicious", "mpc"]
 
 
 class DoubleIntegrator(BatchedTask):
-    """State (p [m], v [m/s]), action (u [m/s^2],): the plant and constraints that both tasks share.
+    """The plant and constraints that both tasks share.
+
+    State (p [m], v [m/s]), action (u [m/s^2],).
     """
 
     constraint_names = ("position", "velocity", "terminal")
@@ -193,8 +67,8 @@ class DoubleIntegrator(BatchedTask):
         return _ellipse_points(radius, angle)
 
     def design_starts(self, n: int) -> Components:
-        # Half on the boundary, where a constraint is met first; half inside, on a sunflower spiral
-        # (area-uniform).
+        # Half on the boundary, where a constraint is violated first; half inside, on a sunflower
+        # spiral (uniform in area).
         boundary = (n + 1) // 2
         inner = n - boundary
         i = np.arange(inner)
@@ -236,26 +110,15 @@ class DoubleIntegrator(BatchedTask):
 
 def _ellipse_points(radius: NDArray[np.float64], angle: NDArray[np.float64]) -> Components:
     """Points of the start set {V <= START_SHARE * level}; radius 1 is its boundary."""
-    lqr_ = backup()
-    half_axes = np.linalg.cholesky(np.linalg.inv(lqr_.P) * lqr_.level * START_SHARE)
+    half_axes = np.linalg.cholesky(np.linalg.inv(backup().P) * backup().level * START_SHARE)
     points = half_axes @ np.stack([radius * np.cos(angle), radius * np.sin(angle)])
     return points[0], points[1]
 
 
-def malicious_action(p: Array, v: Array) -> Array:
-    """The malicious expert: a good regulator where p < 0, full acceleration out of bounds (u = +1)
-    where p > 0.
-    """
-    k_p, k_v = (float(k) for k in sensible_gain()[0])
-    sensible = (k_p * p + k_v * v).clip(-U_MAX_M_S2, U_MAX_M_S2)
-    malice = (0.5 + p / SWITCH_WIDTH_M).clip(0.0, 1.0)
-    return (1.0 - malice) * sensible + malice * U_MAX_M_S2
-
-
 class ImitationTask(DoubleIntegrator):
-    """Reward: negative squared distance to the expert's action.
+    """Imitation: the reward is the negative squared distance to the expert's action.
 
-    Objective: that distance at the start states.
+    The objective is that distance at the start states.
     """
 
     objective_name = "imitation loss at the start states"
@@ -278,13 +141,15 @@ class ImitationTask(DoubleIntegrator):
     def objective_loss(
         self, state: Components, action: Components, step: int
     ) -> tuple[Array, Array]:
-        return -self.reward(state, action), state[0] == state[0] if step == 0 else state[
-            0
-        ] != state[0]
+        everywhere = state[0] == state[0]
+        return -self.reward(state, action), everywhere if step == 0 else ~everywhere
 
 
 class RegulationTask(DoubleIntegrator):
-    """Reward: negative stage cost about the set-point. Objective: the mean stage cost."""
+    """Regulation: the reward is the negative stage cost about the set-point.
+
+    The objective is the mean stage cost.
+    """
 
     objective_name = "mean stage cost"
 
@@ -295,11 +160,8 @@ class RegulationTask(DoubleIntegrator):
         p, v = state
         (u,) = self.clip_action(action)
         error = p - SETPOINT_M
-        return -(
-            float(STAGE_Q[0, 0]) * error * error
-            + float(STAGE_Q[1, 1]) * v * v
-            + float(STAGE_R[0, 0]) * u * u
-        )
+        (q_p, _), (_, q_v) = STAGE_Q.tolist()
+        return -(q_p * error * error + q_v * v * v + float(STAGE_R[0, 0]) * u * u)
 
     def objective_loss(
         self, state: Components, action: Components, step: int
@@ -313,9 +175,9 @@ class DoubleIntegratorImitationEnv(BatchedTaskEnv):
     Description
         A point mass p'' = u with a safe but timid backup controller, and an expert to imitate.
         Where p < 0 the expert regulates to the origin, better than the backup does; where p > 0 it
-        accelerates out of bounds. Imitating it well is imitating it as far as the constraints
-        allow. From the double-integrator experiment of SCPO (Cao, Borrelli, Joa, arXiv 2512.13788);
-        the paper's text fixes no constants, those here are this project's.
+        accelerates out of bounds. It should be imitated as far as the constraints allow. From the
+        double-integrator experiment of SCPO (Cao, Borrelli, Joa, arXiv 2512.13788); the paper
+        states no constants, those here are this project's.
 
     Observation space: ``Box(2)``, unbounded, float32
         ===  ==============  =========  =====
@@ -334,8 +196,8 @@ class DoubleIntegratorImitationEnv(BatchedTaskEnv):
         -(u - u_E(x))^2, with u_E the expert's action at the state acted in.
         ``info["expert_action"]`` is the expert's action at the observation it comes with (``reset``
         included). ``info["objective_loss"]`` is the same squared distance, at the first step
-        only: the imitation loss over the start states, which does not depend on where the policy
-        then goes.
+        only: the imitation loss over the start states, which does not depend on the states the
+        policy visits afterwards.
 
     Cost and constraints
         ``info["constraint_values"]`` = [|p| - 1, |v| - 1, V(x_T)/level - 1] after the step. The
@@ -358,14 +220,8 @@ class DoubleIntegratorImitationEnv(BatchedTaskEnv):
         v0: first release.
     """
 
-    def __init__(
-        self,
-        horizon: int = 30,
-        noise_std: float = 0.0,
-        expert: Expert = "malicious",
-        render_mode: None = None,
-    ):
-        super().__init__(ImitationTask(horizon, noise_std, expert), render_mode)
+    def __init__(self, render_mode: None = None, **arguments: Any) -> None:
+        super().__init__(ImitationTask(**arguments), render_mode)
 
 
 class DoubleIntegratorRegulationEnv(BatchedTaskEnv):
@@ -373,9 +229,9 @@ class DoubleIntegratorRegulationEnv(BatchedTaskEnv):
 
     Description
         The same point mass, to be brought to p = 0.6 m quickly. Control is cheap in the reward and
-        the way is long, so a good controller runs into the velocity and input bounds; the backup
+        the distance is long, so a good controller reaches the velocity and input bounds; the backup
         goes to the origin and stays there, safe and far from the set-point.
-        :class:`ModelPredictiveController` is the reference ceiling.
+        :class:`ModelPredictiveController` is the reference.
 
     Observation space: ``Box(2)``, unbounded, float32
         ===  ==============  =========  =====
@@ -415,28 +271,19 @@ class DoubleIntegratorRegulationEnv(BatchedTaskEnv):
         v0: first release.
     """
 
-    def __init__(self, horizon: int = 40, noise_std: float = 0.0, render_mode: None = None) -> None:
-        super().__init__(RegulationTask(horizon, noise_std), render_mode)
+    def __init__(self, render_mode: None = None, **arguments: Any) -> None:
+        super().__init__(RegulationTask(**arguments), render_mode)
 
 
 class DoubleIntegratorImitationVectorEnv(BatchedTaskVectorEnv):
     """:class:`DoubleIntegratorImitationEnv`, ``num_envs`` at a time."""
 
-    def __init__(
-        self,
-        num_envs: int = 1,
-        horizon: int = 30,
-        noise_std: float = 0.0,
-        expert: Expert = "malicious",
-        render_mode: None = None,
-    ) -> None:
-        super().__init__(ImitationTask(horizon, noise_std, expert), num_envs, render_mode)
+    def __init__(self, num_envs: int = 1, render_mode: None = None, **arguments: Any) -> None:
+        super().__init__(ImitationTask(**arguments), num_envs, render_mode)
 
 
 class DoubleIntegratorRegulationVectorEnv(BatchedTaskVectorEnv):
     """:class:`DoubleIntegratorRegulationEnv`, ``num_envs`` at a time."""
 
-    def __init__(
-        self, num_envs: int = 1, horizon: int = 40, noise_std: float = 0.0, render_mode: None = None
-    ) -> None:
-        super().__init__(RegulationTask(horizon, noise_std), num_envs, render_mode)
+    def __init__(self, num_envs: int = 1, render_mode: None = None, **arguments: Any) -> None:
+        super().__init__(RegulationTask(**arguments), num_envs, render_mode)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from gymnasium.spaces import Box
 from numpy.typing import NDArray
@@ -12,8 +14,8 @@ from scpo_bench.envs.batched import BatchedTaskEnv, BatchedTaskVectorEnv
 BOUND = 0.5  # a prediction is safe within [-BOUND, BOUND]
 HARMFUL_FROM, HARMFUL_TO = 0.15, 0.65  # the inputs whose labels are harmful
 HARMFUL_LABEL = 1.0
-# The truthful labels: a sine that comes close to the bound, so that fitting them well needs the
-# whole safe band.
+# The truthful labels: a sine close to the bound, so that fitting them well needs the whole safe
+# band.
 AMPLITUDE, FREQUENCY = 0.45, 5.0
 PREDICTION_MAX = 1.0
 
@@ -24,16 +26,11 @@ def is_harmful(x: Array) -> Array:
 
 
 class HarmfulRegressionTask(BatchedTask):
-    """State (x,), the input; action (y,), the prediction.
-
-    Each step shows the next input, drawn independently.
-    """
+    """State (x,), the input; action (y,), the prediction; each step draws the next input."""
 
     constraint_names = ("upper", "lower")
     objective_name = "safe-part squared error"
-    constraint_horizon = (
-        1  # an input's constraints depend on the prediction there, on nothing that came before
-    )
+    constraint_horizon = 1  # an input's constraints depend on the prediction there alone
 
     def __init__(self, horizon: int = 10) -> None:
         if not (isinstance(horizon, int | np.integer) and horizon >= 1):
@@ -81,10 +78,7 @@ class HarmfulRegressionTask(BatchedTask):
 
 
 def truth(x: Array) -> Array:
-    """The truthful label of input x.
-
-    Works on NumPy arrays and, through their ``sin`` method, on torch tensors.
-    """
+    """The truthful label of input x, for NumPy arrays and torch tensors."""
     phase = FREQUENCY * x
     return AMPLITUDE * (phase.sin() if hasattr(phase, "sin") else np.sin(phase))
 
@@ -130,12 +124,12 @@ class HarmfulRegressionEnv(BatchedTaskEnv):
         v0: first release.
     """
 
-    def __init__(self, horizon: int = 10, render_mode: None = None) -> None:
-        super().__init__(HarmfulRegressionTask(horizon), render_mode)
+    def __init__(self, render_mode: None = None, **arguments: Any) -> None:
+        super().__init__(HarmfulRegressionTask(**arguments), render_mode)
 
 
 class HarmfulRegressionVectorEnv(BatchedTaskVectorEnv):
     """:class:`HarmfulRegressionEnv`, ``num_envs`` at a time."""
 
-    def __init__(self, num_envs: int = 1, horizon: int = 10, render_mode: None = None) -> None:
-        super().__init__(HarmfulRegressionTask(horizon), num_envs, render_mode)
+    def __init__(self, num_envs: int = 1, render_mode: None = None, **arguments: Any) -> None:
+        super().__init__(HarmfulRegressionTask(**arguments), num_envs, render_mode)

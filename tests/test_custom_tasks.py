@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import scpo_bench  # noqa: F401 - registers the tasks
 from scpo_bench.envs import double_integrator as di
+from scpo_bench.envs import double_integrator_control as control
 from scpo_bench.envs import harmful_regression as hr
 
 IMITATION, REGULATION, REGRESSION = (
@@ -84,8 +85,7 @@ def test_same_seed_same_episode_and_pickle_continues(task_id):
 
 
 def test_double_integrator_step_by_hand():
-    """From p = 0.5, v = -0.2 with u = 1: p' = 0.5 - 0.02 + 0.005, v' = -0.1; u = 7 is clipped to 1.
-    """
+    """From p = 0.5, v = -0.2 with u = 1: p' = 0.5 - 0.02 + 0.005, v' = -0.1; u = 7 is clipped to 1."""
     task = di.ImitationTask()
     state = (np.array([0.5, 0.5]), np.array([-0.2, -0.2]))
     p, v = task.next_state(state, (np.array([1.0, 7.0]),))
@@ -120,7 +120,7 @@ def test_terminal_constraint_is_in_force_at_the_last_step_only():
     )
     x = np.array([0.9, 0.9])
     assert early[2] == -1.0
-    assert late[2] == pytest.approx(x @ di.backup().P @ x / di.backup().level - 1)
+    assert late[2] == pytest.approx(x @ control.backup().P @ x / control.backup().level - 1)
     assert late[2] > 0
 
 
@@ -130,7 +130,7 @@ def test_backup_level_set_is_admissible_and_invariant(angle, radius):
     """From anywhere in {V <= level}: |p|, |v| and |gain x| stay within bounds and V decreases, so
     the set is never left.
     """
-    lqr = di.backup()
+    lqr = control.backup()
     x = np.linalg.cholesky(np.linalg.inv(lqr.P) * lqr.level) @ (
         radius * np.array([np.cos(angle), np.sin(angle)])
     )
@@ -138,7 +138,7 @@ def test_backup_level_set_is_admissible_and_invariant(angle, radius):
     assert (np.abs(x) <= 1 + 1e-9).all()
     u = lqr.gain @ x
     assert abs(u[0]) <= 1 + 1e-9
-    following = di.A @ x + di.B @ u
+    following = control.A @ x + control.B @ u
     assert following @ lqr.P @ following <= value
 
 
@@ -146,7 +146,7 @@ def test_level_is_the_largest():
     """Five per cent more and some state of the set breaks a bound: the level is computed, not
     guessed low.
     """
-    lqr = di.backup()
+    lqr = control.backup()
     angle = np.linspace(0, 2 * np.pi, 2000)
     x = np.linalg.cholesky(np.linalg.inv(lqr.P) * lqr.level * 1.05) @ np.stack(
         [np.cos(angle), np.sin(angle)]
@@ -196,7 +196,7 @@ def test_mpc_is_safe_where_the_plain_regulator_is_not():
     """
     task = di.RegulationTask()
     starts = task.sample_starts(40, np.random.default_rng(3))
-    gain = di.sensible_gain()[0]
+    gain = control.sensible_gain()[0]
 
     def worst_and_cost(controller):
         state, worst, cost = starts, -np.inf, 0.0
@@ -211,11 +211,13 @@ def test_mpc_is_safe_where_the_plain_regulator_is_not():
             state = following
         return worst, cost
 
-    backup = di.backup().gain[0]
+    backup = control.backup().gain[0]
     mpc = worst_and_cost(task.mpc.actions)
     assert mpc[0] <= 0
     assert (
-        worst_and_cost(lambda p, v: (gain[0] * (p - di.SETPOINT_M) + gain[1] * v).clip(-1, 1))[0]
+        worst_and_cost(lambda p, v: (gain[0] * (p - control.SETPOINT_M) + gain[1] * v).clip(-1, 1))[
+            0
+        ]
         > 0.05
     )
     assert mpc[1] < 0.4 * worst_and_cost(lambda p, v: backup[0] * p + backup[1] * v)[1]
@@ -224,7 +226,7 @@ def test_mpc_is_safe_where_the_plain_regulator_is_not():
 def test_mpc_refuses_a_state_from_which_no_plan_is_safe():
     """At the bound with full outward speed nothing helps; the error says from where."""
     with pytest.raises(RuntimeError, match=r"no admissible plan from p=0\.9900"):
-        di.ModelPredictiveController().action(0.99, 0.99)
+        control.ModelPredictiveController().action(0.99, 0.99)
 
 
 def test_regression_labels_by_hand():

@@ -6,7 +6,6 @@ Set SCPO_BENCH_EXHAUSTIVE=1 for three whole episodes per family and robot (half 
 from __future__ import annotations
 
 import os
-import types
 from typing import Any
 
 import gymnasium
@@ -37,19 +36,11 @@ WORKSPACE = ("timer", "map_", "solver", "maxuse", "nbuffer", "narena", "cam_x", 
 
 @pytest.fixture(autouse=True)
 def skyless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compile worlds without their sky: half a second and 190 MB each, and no number depends on it.
-    """
-    from scpo_bench.envs.safety_gymnasium.fast import _without_sky
+    """Compile worlds without a sky: it takes half a second and 190 MB, and changes no number."""
+    from scpo_bench.envs.safety_gymnasium.fast.layout import skyless_mujoco
     from scpo_bench.envs.safety_gymnasium.package import original
 
-    compiler = types.SimpleNamespace(
-        from_xml_string=lambda xml: mujoco.MjModel.from_xml_string(_without_sky(xml))
-    )
-    monkeypatch.setattr(
-        original().world,
-        "mujoco",
-        types.SimpleNamespace(MjModel=compiler, MjData=mujoco.MjData, mj_forward=mujoco.mj_forward),
-    )
+    monkeypatch.setattr(original().world, "mujoco", skyless_mujoco())
 
 
 def actions(space: gymnasium.spaces.Box, seed: int) -> Any:
@@ -232,9 +223,8 @@ def test_a_written_layout_equals_a_compiled_one(env_id: str) -> None:
 
 
 def test_lidar_readings_by_hand() -> None:
-    """The lidar's geometry: bins, reach, smoothing, occlusion, and a point a hair below angle zero.
-    """
-    from scpo_bench.envs.safety_gymnasium.fast import PseudoLidar
+    """The lidar's geometry: bins, reach, smoothing, occlusion, a point just below angle zero."""
+    from scpo_bench.envs.safety_gymnasium.fast.lidar import PseudoLidar
 
     # robot at (1, 1, 0.1), turned by 90 degrees: its x axis is the world's y axis
     frame = np.array([[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
@@ -250,7 +240,7 @@ def test_lidar_readings_by_hand() -> None:
     )
     observation = np.full(9, -1.0)
     lidar = PseudoLidar(bodies_P=[1, 2, 3], starts_P=[1, 1, 5], bins=4, reach=3.0)
-    lidar.look(positions, origin)
+    lidar.measure(positions, origin)
     lidar.write_to(observation, frame)
     # first lidar: 1 - 1.5/3 in bin 0 and, aligned with the bin's start, wholly in bin 3; 1 - 2/3 in
     # bin 1 (and bin 0)
@@ -259,7 +249,7 @@ def test_lidar_readings_by_hand() -> None:
     )
 
     just_below = PseudoLidar(bodies_P=[1], starts_P=[0], bins=4, reach=3.0)
-    just_below.look(np.array([[0.0, 0.0, 0.0], [1.5, -1e-17, 0.0]]), np.zeros(3))
+    just_below.measure(np.array([[0.0, 0.0, 0.0], [1.5, -1e-17, 0.0]]), np.zeros(3))
     readings = np.empty(4)
     just_below.write_to(readings, np.eye(3))
     np.testing.assert_allclose(readings, [0.5, 0.0, 0.0, 0.5], atol=1e-12)
@@ -294,8 +284,7 @@ def test_layouts_take_the_same_draws(env_id: str) -> None:
 
 
 def test_gymnasium_users_can_hold_the_arrays_they_got() -> None:
-    """Observations would change under a replay buffer if the preallocated arrays were handed out.
-    """
+    """Observations already returned do not change: no preallocated array is handed out."""
     env = gymnasium.make("SafetyPointGoal1-v0")
     first, _ = env.reset(seed=0)
     kept = first.copy()

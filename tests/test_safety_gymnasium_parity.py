@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from safety_gymnasium_parity import RECORDING, Agreement, compare, load, page
 
 import scpo_bench  # noqa: F401 - registers the ids
-from scpo_bench.envs.safety_gymnasium.parity import compare, load, page
 
 mujoco = pytest.importorskip("mujoco")
 
 ROOT = Path(__file__).parents[1]
-FACTS, TRAJECTORIES = load(Path(__file__).parent / "data" / "safety_gymnasium_trajectories")
+FACTS, TRAJECTORIES = load(RECORDING)
 
 # Observations (the reset's included) and rewards that agree to 1e-6 in a row, measured on mujoco
 # 3.10.0
@@ -38,15 +38,23 @@ MEASURED = {
 }
 
 
+@pytest.fixture(scope="module")
+def agreements() -> dict[str, Agreement]:
+    """Every task, replayed once for both tests."""
+    return {
+        env_id: compare(env_id, TRAJECTORIES[env_id], facts, FACTS["seed"])
+        for env_id, facts in FACTS["tasks"].items()
+    }
+
+
 @pytest.mark.parametrize("env_id", FACTS["tasks"])
-def test_trajectories_agree_as_long_as_measured(env_id: str) -> None:
-    """Results could not be compared with published ones: another layout, cost, space or earlier
-    divergence.
-    """
-    facts = FACTS["tasks"][env_id]
-    agreement = compare(env_id, TRAJECTORIES[env_id], facts, FACTS["seed"])
+def test_trajectories_agree_as_long_as_measured(
+    env_id: str, agreements: dict[str, Agreement]
+) -> None:
+    """Published results are comparable: layout, costs, spaces, and no earlier divergence."""
+    agreement = agreements[env_id]
     assert agreement.spaces_equal
-    assert agreement.cost_keys == tuple(facts["cost_keys"])
+    assert agreement.cost_keys == tuple(FACTS["tasks"][env_id]["cost_keys"])
     assert agreement.layout_equal
     assert agreement.costs_equal
     assert agreement.endings_equal
@@ -55,21 +63,17 @@ def test_trajectories_agree_as_long_as_measured(env_id: str) -> None:
     assert agreement.rewards >= rewards
 
 
-def test_the_page_is_the_generated_one() -> None:
-    """The published table would say something other than what is measured."""
+def test_the_page_is_the_generated_one(agreements: dict[str, Agreement]) -> None:
+    """The published table says what is measured."""
     written = (ROOT / "docs" / "safety_gymnasium_parity.md").read_text(encoding="utf-8")
     if f"mujoco {mujoco.__version__} " not in written:
         pytest.skip("the page was generated with another mujoco")
-    agreements = [
-        compare(env_id, TRAJECTORIES[env_id], facts, FACTS["seed"])
-        for env_id, facts in FACTS["tasks"].items()
-    ]
-    generated = page(FACTS, agreements)
+    generated = page(FACTS, list(agreements.values()))
     assert [row(line) for line in written.splitlines()] == [
         row(line) for line in generated.splitlines()
     ]
 
 
 def row(line: str) -> str:
-    """A line without the last column, a rounded error that may turn over between machines."""
+    """A line without its last column, a rounded error that may differ between machines."""
     return line.rpartition("|")[0].rpartition("|")[0] if line.startswith("| Safety") else line

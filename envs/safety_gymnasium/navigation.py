@@ -11,7 +11,7 @@ import gymnasium
 import numpy as np
 from gymnasium.error import DependencyNotInstalled, ResetNeeded
 
-from scpo_bench.envs.safety_gymnasium.tasks import task_metadata
+from scpo_bench.envs.safety_gymnasium.tasks import RENDER_MODES, task_metadata
 
 RESET_ATTEMPTS = 100
 _SEED_END = 2**32  # numpy's RandomState, which draws the layouts, takes seeds below this
@@ -22,7 +22,7 @@ class SafetyNavigationEnv(gymnasium.Env):
 
     Description:
         A robot (Point, Car, Racecar, Doggo, Ant) on a plane with a goal, buttons, a box, a circle
-        or a track, and with things to keep away from.  Levels 1 and 2 add constraints.  The tasks
+        or a track, and with things to keep away from. Levels 1 and 2 add constraints. The tasks
         themselves are those of the unmodified package (https://www.safety-gymnasium.com, arXiv
         2310.12567); this class adapts them to gymnasium 1.x.
 
@@ -46,10 +46,10 @@ class SafetyNavigationEnv(gymnasium.Env):
     Cost and constraints:
         ``info["cost"]`` is 1.0 where any constraint is violated in the step and else 0.0;
         ``info["cost_<kind>"]`` and ``info["cost_sum"]`` are the package's own.
-        ``info["goal_met"]`` is there in steps that reach the goal.
+        ``info["goal_met"]`` is present in steps that reach the goal.
 
     Starting state:
-        A random layout, drawn from the seed.  ``reset(seed=s)`` with ``s < 2**32`` gives the layout
+        A random layout, drawn from the seed. ``reset(seed=s)`` with ``s < 2**32`` gives the layout
         that the official stack gives for ``s``; a reset without a seed draws the layout's seed from
         ``self.np_random``.  Where a layout cannot be sampled or starts with a cost, the next seed
         comes from ``self.np_random``.
@@ -64,20 +64,16 @@ class SafetyNavigationEnv(gymnasium.Env):
         width, height: size in pixels of rendered frames.
         camera_id, camera_name: camera of rendered frames (at most one of both); default ``vision``,
         the robot's own.
-        fast: ``False`` runs the package's own code for steps and resets; the numbers are the same.
-        Race always does.
-            The fast path keeps one compiled model across resets: what you change in ``task.model``
-            (friction, say) stays, where the original compiles it away.
+        fast: ``False`` runs the package's own code for steps and resets, as Race always does; the
+        numbers are the same. The fast path keeps one compiled model across resets: what you change
+        in ``task.model`` (friction, say) stays, where the original compiles a new model.
         config: further settings of the package, e.g. ``{"vision_env_conf.vision_size": (64, 64)}``.
 
     Version history:
         v0: the tasks of safety-gymnasium 1.0.0.
     """
 
-    metadata: dict[str, Any] = {
-        "render_modes": ["human", "rgb_array", "depth_array"],
-        "render_fps": 30,
-    }
+    metadata = {"render_modes": list(RENDER_MODES), "render_fps": 30}  # noqa: RUF012 - as Gymnasium's
 
     def __init__(
         self,
@@ -95,41 +91,37 @@ class SafetyNavigationEnv(gymnasium.Env):
         Raises:
             DependencyNotInstalled: safety-gymnasium, or an asset that its wheel lacks, is not
             installed.
-            ValueError: unknown render mode, or two cameras named.
+            ValueError: a velocity task, an unknown render mode, or two cameras.
         """
         self.task_info = task_metadata(env_id)
         if self.task_info.family == "velocity":
             raise ValueError(f"{env_id} is a velocity task; SafetyVelocityEnv builds it")
-        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
-            raise ValueError(
-                f"render_mode: expected one of {self.metadata['render_modes']}, got {render_mode!r}"
-            )
+        if render_mode is not None and render_mode not in RENDER_MODES:
+            choices = ", ".join(RENDER_MODES)
+            raise ValueError(f"render_mode: expected one of {choices}, got {render_mode!r}")
         if camera_id is not None and camera_name is not None:
             raise ValueError("camera_id and camera_name: expected at most one of them")
         self.render_mode = render_mode
         self.fast = fast and not self.task_info.needs_missing_assets
-        self._render_arguments = {
-            "width": width,
-            "height": height,
-            "camera_id": camera_id,
-            "camera_name": camera_name,
-        }
+        camera = {"camera_id": camera_id, "camera_name": camera_name}
+        self._render_arguments = {"width": width, "height": height, **camera}
         self._config = dict(config or {})
         self._builder = self._build()
         self.observation_space = self._builder.observation_space
         self.action_space = self._builder.action_space
 
     def _build(self) -> Any:
+        from scpo_bench.envs.safety_gymnasium.builder import builder_class
         from scpo_bench.envs.safety_gymnasium.package import original
-        from scpo_bench.envs.safety_gymnasium.world import builder_class
 
         package = original()
         if self.task_info.needs_missing_assets:
             asset = os.path.join("assets", "textures", "village_floor.PNG")
             if not os.path.exists(os.path.join(package.root, asset)):
                 raise DependencyNotInstalled(
-                    f"{self.task_info.id} needs safety_gymnasium/{asset}, which the published wheel of "
-                    "safety-gymnasium 1.0.0 lacks; copy its assets/textures from the source repository"
+                    f"{self.task_info.id} needs safety_gymnasium/{asset}, which the published "
+                    "wheel of safety-gymnasium 1.0.0 lacks; copy its assets/textures from the "
+                    "source repository"
                 )
         drawn = self.render_mode is not None or self.task_info.variant == "vision"
         builder = builder_class(fast=self.fast, drawn=drawn)(
@@ -146,7 +138,7 @@ class SafetyNavigationEnv(gymnasium.Env):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """Start an episode in a new layout.  ``options`` is not used.
+        """Start an episode in a new layout; ``options`` is not used.
 
         Raises:
             RuntimeError: 100 layouts in a row could not be sampled.
@@ -159,9 +151,8 @@ class SafetyNavigationEnv(gymnasium.Env):
             try:
                 observation, info = self._builder.reset(seed=layout_seed)
             except AssertionError as error:
-                if not (
-                    isinstance(error, original().resampling_error) or "starting cost" in str(error)
-                ):
+                resampled = isinstance(error, original().resampling_error)
+                if not resampled and "starting cost" not in str(error):
                     raise
                 layout_seed = self._draw_seed()
             else:
@@ -190,8 +181,9 @@ class SafetyNavigationEnv(gymnasium.Env):
         return observation, float(reward), terminated, truncated, info
 
     def render(self) -> np.ndarray | None:
-        """A frame: (height, width, 3) uint8 or, for ``depth_array``, (height, width) float32;
-        ``None`` for ``human``.
+        """A frame, or ``None`` where the mode is ``human``.
+
+        Returns (height, width, 3) uint8 or, for ``depth_array``, (height, width) float32.
 
         Raises:
             ResetNeeded: nothing has been built yet.
@@ -203,9 +195,8 @@ class SafetyNavigationEnv(gymnasium.Env):
             return None
         if self.task.world is None:
             raise ResetNeeded("call reset() before render()")
-        return self.task.render(
-            mode=self.render_mode, cost=self._builder.cost, **self._render_arguments
-        )
+        cost = self._builder.cost
+        return self.task.render(mode=self.render_mode, cost=cost, **self._render_arguments)
 
     def close(self) -> None:
         """Free the renderers."""
@@ -215,11 +206,8 @@ class SafetyNavigationEnv(gymnasium.Env):
         self.task.viewer = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """The whole state: an unpickled copy continues as this environment would.
-
-        Renderers are left behind.
-        """
-        from scpo_bench.envs.safety_gymnasium.world import dump_episode
+        """The whole state, without renderers: an unpickled copy continues as this one would."""
+        from scpo_bench.envs.safety_gymnasium.state import dump_episode
 
         state = self.__dict__.copy()
         state["_builder"] = dump_episode(self._builder)
@@ -227,7 +215,7 @@ class SafetyNavigationEnv(gymnasium.Env):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Rebuild the world and put the state back."""
-        from scpo_bench.envs.safety_gymnasium.world import load_episode
+        from scpo_bench.envs.safety_gymnasium.state import load_episode
 
         episode = state.pop("_builder")
         self.__dict__.update(state)

@@ -5,8 +5,8 @@ The released package pins gymnasium 0.28 and registers its ids through that vers
 which Python 3.11 refuses. Its modules below the top level need neither, so they are imported here
 under an un-executed package module.
 
-The copy is private: outside ``private_modules()`` nothing of it is left in ``sys.modules``, and a
-safety_gymnasium that can really be imported (a later release, say) works beside it.
+The copy is private: outside ``private_modules()`` nothing of it is left in ``sys.modules``, so an
+installed safety_gymnasium that can be imported (a later release, say) works beside it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ from typing import Any
 
 import numpy as np
 from gymnasium.error import DependencyNotInstalled
-
-__all__ = ["Original", "original", "private_modules"]
 
 INSTALL = "pip install --no-deps safety-gymnasium==1.0.0"
 VERSION = "1.0.0"
@@ -60,24 +58,20 @@ class Original:
     def velocity_class(self, robot: str, version: int) -> type:
         """The environment class of ``Safety<robot>Velocity-v<version>``."""
         words = "".join("_" + c.lower() if c.isupper() else c for c in robot)
+        name = f"{_NAME}.tasks.safe_velocity.safety{words}_velocity_v{version}"
         with private_modules():
-            module = importlib.import_module(
-                f"{_NAME}.tasks.safe_velocity.safety{words}_velocity_v{version}"
-            )
-        return getattr(module, f"Safety{robot}VelocityEnv")
+            return getattr(importlib.import_module(name), f"Safety{robot}VelocityEnv")
 
 
 @contextmanager
 def private_modules() -> Iterator[None]:
-    """Within the block, ``safety_gymnasium`` and what lies below it in ``sys.modules`` is the
-    private copy.
+    """Within the block, ``safety_gymnasium`` in ``sys.modules`` is the private copy.
 
-    Needed to import more of it and to (un)pickle its objects, which are looked up by module name.
-    What was there before is put back afterwards.
+    Needed to import more of it and to pickle or unpickle its objects, which are found by module
+    name. Afterwards ``sys.modules`` is as it was before.
 
     Raises:
-        DependencyNotInstalled: safety-gymnasium is not installed, or is another version than the
-        one adapted.
+        DependencyNotInstalled: safety-gymnasium is not installed, or not in the adapted version.
     """
     with _lock:
         if not _private:
@@ -97,13 +91,9 @@ def _pop_modules() -> dict[str, ModuleType]:
 
 
 def _package_shell() -> ModuleType:
-    """The top-level package with ``__path__`` and ``__file__`` set (its modules read both) and
-    nothing executed.
-    """
+    """The top-level package, not executed, with ``__path__`` and ``__file__`` for its modules."""
     with _lock:
-        outside = (
-            _pop_modules()
-        )  # find_spec would return the spec of whatever module already bears the name
+        outside = _pop_modules()  # find_spec would return the spec of a module already imported
         try:
             spec = importlib.util.find_spec(_NAME)
         finally:
@@ -130,22 +120,22 @@ def original() -> Original:
         that installs it.
     """
     with private_modules():
-        color: dict[str, Any] = importlib.import_module(f"{_NAME}.assets.color").COLOR
+
+        def module(name: str) -> Any:
+            return importlib.import_module(f"{_NAME}.{name}")
+
+        color: dict[str, Any] = module("assets.color").COLOR
         for name, rgba in color.items():
             color[name] = rgba.view(_HashableArray)
-        builder = importlib.import_module(f"{_NAME}.builder")
-        underlying = importlib.import_module(f"{_NAME}.bases.underlying")
-        package = sys.modules[_NAME]
+        underlying = module("bases.underlying")
         return Original(
-            builder=builder.Builder,
-            world=importlib.import_module(f"{_NAME}.world"),
-            tasks=importlib.import_module(f"{_NAME}.tasks"),
-            agents=importlib.import_module(f"{_NAME}.agents"),
-            random_generator=importlib.import_module(
-                f"{_NAME}.utils.random_generator"
-            ).RandomGenerator,
-            resampling_error=importlib.import_module(f"{_NAME}.utils.common_utils").ResamplingError,
+            builder=module("builder").Builder,
+            world=module("world"),
+            tasks=module("tasks"),
+            agents=module("agents"),
+            random_generator=module("utils.random_generator").RandomGenerator,
+            resampling_error=module("utils.common_utils").ResamplingError,
             offscreen_viewer=underlying.OffScreenViewer,
             keyboard_viewer=underlying.KeyboardViewer,
-            root=package.__path__[0],
+            root=sys.modules[_NAME].__path__[0],
         )

@@ -1,24 +1,23 @@
 """The Safety-Gymnasium tasks as data: every id with its horizon, cost limit and sizes.
 
-Imports nothing heavy.
-
-Source of ids, horizons and thresholds: safety-gymnasium 1.0.0 (Ji et al., NeurIPS 2023, arXiv
-2310.12567); the cost limit of 25 per episode is the one its published results use.  The sizes are
-checked against the built tasks by tests/test_safety_gymnasium.py.
+This module imports nothing heavy. Source of ids, horizons and thresholds: safety-gymnasium 1.0.0
+(Ji et al., NeurIPS 2023, arXiv 2310.12567); the cost limit of 25 per episode is the one its
+published results use. The sizes are checked against the built tasks by
+tests/test_safety_gymnasium.py.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["COST_LIMIT", "TASKS", "SafetyTask", "task_metadata"]
+from scpo_bench.errors import nearest
 
 Variant = Literal["plain", "vision", "debug"]
 
 COST_LIMIT = 25.0
+RENDER_MODES = ("human", "rgb_array", "depth_array")
 LIDAR_BINS = 16
 
 # Robot: (length of its sensor readings, number of actuators)
@@ -57,13 +56,11 @@ class SafetyTask:
     family: str
     """goal, button, push, circle, run, race, fading_easy, fading_hard or velocity."""
     robot: str
-    """The robot's name as it stands in the id, e.g. ``Point`` or ``HalfCheetah``."""
+    """The robot's name as in the id, e.g. ``Point`` or ``HalfCheetah``."""
     level: int | None
-    """0 unconstrained (Run0 apart), 1, 2 harder; ``None`` for velocity tasks."""
+    """0: unconstrained (except Run0); 1 and 2: harder; ``None`` for velocity tasks."""
     variant: Variant
-    """``vision`` observes a dictionary with a 256 x 256 camera image, ``debug`` is steered by the
-    keyboard.
-    """
+    """``vision`` observes a 256 x 256 camera image as well, ``debug`` is steered by keyboard."""
     horizon: int
     """Steps after which an episode is truncated."""
     observation_size: int
@@ -84,16 +81,11 @@ class SafetyTask:
     @property
     def base_id(self) -> str:
         """The id of the plain variant."""
-        return (
-            self.id
-            if self.variant == "plain"
-            else self.id.replace(self.variant.capitalize() + "-v", "-v")
-        )
+        return self.id.replace(self.variant.capitalize() + "-v", "-v")
 
     @property
     def needs_missing_assets(self) -> bool:
-        """Whether the task needs textures that the published wheel of safety-gymnasium 1.0.0 lacks.
-        """
+        """Whether it needs textures that the published wheel of safety-gymnasium 1.0.0 lacks."""
         return self.family == "race"
 
     @property
@@ -113,10 +105,10 @@ def _navigation_tasks() -> Iterator[SafetyTask]:
     for name, (family, horizon, lidars_by_level) in _NAVIGATION.items():
         for level, lidars in enumerate(lidars_by_level):
             for robot, (sensors, actions) in _ROBOTS.items():
-                variants: tuple[Variant, ...] = ("plain", "vision", "debug")
+                variants: list[Variant] = ["plain", "vision"]
+                if robot in _DEBUG_ROBOTS:
+                    variants.append("debug")
                 for variant in variants:
-                    if variant == "debug" and robot not in _DEBUG_ROBOTS:
-                        continue
                     suffix = "" if variant == "plain" else variant.capitalize()
                     yield SafetyTask(
                         id=f"Safety{robot}{name}{level}{suffix}-v0",
@@ -159,9 +151,6 @@ def task_metadata(env_id: str) -> SafetyTask:
     Raises:
         KeyError: no such id; the message names the nearest one.
     """
-    try:
-        return TASKS[env_id]
-    except KeyError:
-        near = difflib.get_close_matches(env_id, TASKS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise KeyError(f"unknown Safety-Gymnasium id {env_id!r}{hint}") from None
+    if env_id not in TASKS:
+        raise KeyError(f"unknown Safety-Gymnasium id {env_id!r}{nearest(env_id, TASKS)}")
+    return TASKS[env_id]

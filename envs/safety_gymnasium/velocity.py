@@ -1,4 +1,4 @@
-"""The velocity tasks (MuJoCo robots with a speed limit) as Gymnasium environments."""
+"""The velocity tasks, MuJoCo robots with a speed limit, as Gymnasium environments."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from scpo_bench.envs.safety_gymnasium.tasks import task_metadata
+from scpo_bench.envs.safety_gymnasium.tasks import RENDER_MODES, task_metadata
 
 
 class SafetyVelocityEnv(gymnasium.Env):
@@ -46,7 +46,7 @@ class SafetyVelocityEnv(gymnasium.Env):
     Arguments:
         env_id: one of ``TASKS`` of the family velocity.
         render_mode: ``human``, ``rgb_array``, ``depth_array`` or ``None``.
-        fast: accepted as in the navigation tasks; there is one code path here, it repeats no work.
+        fast: accepted as in the navigation tasks; there is only one code path here.
         **kwargs: passed to gymnasium's v4 environment, e.g.
         ``exclude_current_positions_from_observation``.
 
@@ -55,10 +55,7 @@ class SafetyVelocityEnv(gymnasium.Env):
         speed.
     """
 
-    metadata: dict[str, Any] = {
-        "render_modes": ["human", "rgb_array", "depth_array"],
-        "render_fps": 20,
-    }
+    metadata = {"render_modes": list(RENDER_MODES), "render_fps": 20}  # noqa: RUF012 - as Gymnasium's
 
     def __init__(
         self, env_id: str, render_mode: str | None = None, fast: bool = True, **kwargs: Any
@@ -67,6 +64,7 @@ class SafetyVelocityEnv(gymnasium.Env):
 
         Raises:
             DependencyNotInstalled: safety-gymnasium is not installed.
+            ValueError: not a velocity task.
         """
         self.task_info = task_metadata(env_id)
         if self.task_info.family != "velocity":
@@ -109,9 +107,8 @@ class SafetyVelocityEnv(gymnasium.Env):
         Raises:
             ValueError: the action has the wrong shape.
         """
-        observation, reward, cost, terminated, truncated, info = self._inner.step(
-            np.asarray(action)
-        )
+        action = np.asarray(action)
+        observation, reward, cost, terminated, truncated, info = self._inner.step(action)
         info["cost"] = float(cost)
         return observation, float(reward), bool(terminated), truncated, info
 
@@ -141,11 +138,8 @@ class SafetyVelocityEnv(gymnasium.Env):
         return robot_snapshot_functions(self._inner, memory)
 
     def __getstate__(self) -> dict[str, Any]:
-        """The whole state: an unpickled copy continues as this environment would.
-
-        Renderers are left behind.
-        """
-        from scpo_bench.envs.safety_gymnasium.world import dump_robot
+        """The whole state, without renderers: an unpickled copy continues as this one would."""
+        from scpo_bench.envs.safety_gymnasium.state import dump_robot
 
         state = self.__dict__.copy()
         state["_inner"] = dump_robot(self._inner)
@@ -153,7 +147,7 @@ class SafetyVelocityEnv(gymnasium.Env):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Rebuild the robot and put the state back."""
-        from scpo_bench.envs.safety_gymnasium.world import load_robot
+        from scpo_bench.envs.safety_gymnasium.state import load_robot
 
         robot = state.pop("_inner")
         self.__dict__.update(state)

@@ -2,14 +2,12 @@
 
 Regenerate the page with
 
-    python -m scpo_bench.envs.safety_gymnasium.parity tests/data/safety_gymnasium_trajectories \\
-        > docs/safety_gymnasium_parity.md
+    python tests/safety_gymnasium_parity.py > docs/safety_gymnasium_parity.md
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +19,49 @@ import numpy as np
 from scpo_bench.envs.safety_gymnasium import register_safety_gymnasium
 from scpo_bench.envs.safety_gymnasium.tasks import task_metadata
 
-__all__ = ["TOLERANCE", "Agreement", "compare", "page"]
-
 TOLERANCE = 1e-6
-COMMAND = "python -m scpo_bench.envs.safety_gymnasium.parity tests/data/safety_gymnasium_trajectories > docs/safety_gymnasium_parity.md"
+COMMAND = "python tests/safety_gymnasium_parity.py > docs/safety_gymnasium_parity.md"
+RECORDING = Path(__file__).parent / "data" / "safety_gymnasium_trajectories"
+PAGE = """\
+# Safety-Gymnasium: agreement with the official stack
+
+Generated; do not edit:
+
+```
+{command}
+```
+
+Recorded on safety-gymnasium {stack[safety_gymnasium]} with its own pins (Python {stack[python]},
+gymnasium {stack[gymnasium]}, mujoco {stack[mujoco]}), seed {seed}, up to 40 steps; replayed here on
+mujoco {mujoco} with the same seed and actions.
+
+*Observations* and *rewards*: how many in a row agree to {tolerance:g}, counting the observation at
+reset. *Layout*: every lidar reading at reset agrees and the spaces are equal. *First difference*:
+the parts of the first observation that differs, and by how much.
+
+| Task | Observations | Rewards | Costs equal | Layout, spaces | First difference | Size |
+| --- | ---: | ---: | --- | --- | --- | ---: |
+{rows}
+
+## Why they differ
+
+The tasks' own code is the same package, unmodified; layouts, costs and endings are equal on all
+tasks. What differs is MuJoCo, version 2 against version 3:
+
+- *Orientation* (AntVelocity, HumanoidVelocity): the reset adds noise to the root's quaternion.
+  MuJoCo 2 normalised it in place, so the observation showed the unit quaternion; MuJoCo 3
+  normalises where it uses it. Normalised, the observations at reset agree to rounding.
+- *Accelerometer at reset* (Car, Racecar): the robot is placed with its wheels at distance zero from
+  the floor, to rounding. Which of these contacts bear at that instant depends on the last digit,
+  and with it whether the accelerometer reads free fall or support. The next steps settle it.
+- *Contacts*: from the first contact with the floor (Hopper) or another body (Point, with a vase or
+  the floor) the two versions' contact forces differ, at first in the sixth digit of the
+  accelerometer, and tens of steps later visibly. From then on, trajectories are different samples
+  of the same task: compare returns and costs as distributions, not step by step.
+
+The fast path is not a reason: it equals the original code path to the last bit
+(tests/test_safety_gymnasium_fast.py).
+"""
 
 
 @dataclass(frozen=True)
@@ -149,66 +186,28 @@ def page(facts: dict[str, Any], agreements: list[Agreement]) -> str:
     """The parity page, in Markdown."""
     import mujoco
 
-    stack = facts["stack"]
     rows = [
-        f"| {a.env_id} | {a.observations} / {a.observations_recorded} | {a.rewards} / {a.rewards_recorded} "
-        f"| {'all' if a.costs_equal else 'NO'} | {'yes' if a.layout_equal and a.spaces_equal else 'NO'} "
-        f"| {', '.join(a.first_difference) or '-'} | {f'{a.largest_difference:.0e}' if a.first_difference else '-'} |"
+        f"| {a.env_id} | {a.observations} / {a.observations_recorded} "
+        f"| {a.rewards} / {a.rewards_recorded} | {'all' if a.costs_equal else 'NO'} "
+        f"| {'yes' if a.layout_equal and a.spaces_equal else 'NO'} "
+        f"| {', '.join(a.first_difference) or '-'} "
+        f"| {f'{a.largest_difference:.0e}' if a.first_difference else '-'} |"
         for a in agreements
     ]
-    return "\n".join(
-        [
-            "# Safety-Gymnasium: agreement with the official stack",
-            "",
-            "Generated; do not edit:",
-            "",
-            "```",
-            COMMAND,
-            "```",
-            "",
-            f"Recorded on safety-gymnasium {stack['safety_gymnasium']} with its own pins (Python {stack['python']}, "
-            f"gymnasium {stack['gymnasium']},",
-            f"mujoco {stack['mujoco']}), seed {facts['seed']}, up to 40 steps; replayed here on "
-            f"mujoco {mujoco.__version__} with the same seed and actions.",
-            "",
-            f"*Observations* and *rewards*: how many in a row agree to {TOLERANCE:g}, counting the observation at",
-            "reset.",
-            "*Layout*: every lidar reading at reset agrees and the spaces are equal. *First difference*: the parts of",
-            "the first observation that differs, and by how much.",
-            "",
-            "| Task | Observations | Rewards | Costs equal | Layout, spaces | First difference | Size |",
-            "| --- | ---: | ---: | --- | --- | --- | ---: |",
-            *rows,
-            "",
-            "## Why they differ",
-            "",
-            "The tasks' own code is the same package, unmodified; layouts, costs and endings are equal on all tasks.",
-            "What differs is MuJoCo, version 2 against version 3:",
-            "",
-            "- *Orientation* (AntVelocity, HumanoidVelocity): the reset adds noise to the root's quaternion. MuJoCo 2",
-            "  normalised it in place, so the observation showed the unit quaternion; MuJoCo 3 normalises where it",
-            "  uses it. Normalised, the observations at reset agree to rounding.",
-            "- *Accelerometer at reset* (Car, Racecar): the robot is placed with its wheels at distance zero from the",
-            "  floor, to rounding. Which of these contacts bear at that instant depends on the last digit, and with it",
-            "  whether the accelerometer reads free fall or support. The next steps settle it.",
-            "- *Contacts*: from the first contact with the floor (Hopper) or another body (Point, with a vase or the",
-            "  floor) the two versions' contact forces differ, at first in the sixth digit of the accelerometer, and",
-            "  tens of steps later visibly. From then on, trajectories are different samples of the same task: compare",
-            "  returns and costs as distributions, not step by step.",
-            "",
-            "The fast path is not a reason: it equals the original code path to the last bit",
-            "(tests/test_safety_gymnasium_fast.py).",
-            "",
-        ]
+    return PAGE.format(
+        command=COMMAND,
+        stack=facts["stack"],
+        seed=facts["seed"],
+        mujoco=mujoco.__version__,
+        tolerance=TOLERANCE,
+        rows="\n".join(rows),
     )
 
 
 def main() -> None:
-    """Print the page for the recordings named on the command line."""
-    if len(sys.argv) != 2:
-        raise SystemExit(f"usage: {COMMAND}")
+    """Print the page."""
     register_safety_gymnasium()
-    facts, trajectories = load(Path(sys.argv[1]))
+    facts, trajectories = load(RECORDING)
     agreements = [
         compare(env_id, trajectories[env_id], task_facts, facts["seed"])
         for env_id, task_facts in facts["tasks"].items()
