@@ -85,7 +85,7 @@ def test_same_seed_same_episode_and_pickle_continues(task_id):
 
 
 def test_double_integrator_step_by_hand():
-    """From p = 0.5, v = -0.2 with u = 1: p' = 0.5 - 0.02 + 0.005, v' = -0.1; u = 7 is clipped to 1."""
+    """From p = 0.5, v = -0.2 with u = 1: p+ = 0.5 - 0.02 + 0.005, v+ = -0.1; u = 7 is clipped."""
     task = di.ImitationTask()
     state = (np.array([0.5, 0.5]), np.array([-0.2, -0.2]))
     p, v = task.next_state(state, (np.array([1.0, 7.0]),))
