@@ -1,9 +1,8 @@
-"""The acting half of an SB3 actor-critic policy in NumPy: sampling, log-likelihoods and their
-gradients, KL, Fisher.
+"""The actor of an SB3 actor-critic policy in NumPy: samples, log-likelihoods, KL, Fisher.
 
 ``head`` is what the network outputs per state, [B, A]: the Gaussian's mean (the backup's action
 included) or logits. KL divergences and log-likelihoods are summed over action dimensions and, where
-said, averaged over states.
+stated, averaged over states.
 """
 
 from __future__ import annotations
@@ -19,15 +18,14 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import nn
 
 from scpo_bench.baselines.networks import Array, Mlp, sequential_layers
+from scpo_bench.errors import UserError
 from scpo_bench.policies import ResidualHead
 
 LOG_2PI = float(np.log(2 * np.pi))
 
 
 class Actor:
-    """Shared part: the network and, where the policy has one, the backup whose action is added to
-    its output.
-    """
+    """The network and, where the policy has one, the backup whose action is added to its output."""
 
     def __init__(self, policy: ActorCriticPolicy, extra: list[nn.Parameter]) -> None:
         self.backup: nn.Module | None = None
@@ -38,7 +36,7 @@ class Actor:
         self.mlp = Mlp(*sequential_layers(extractor.policy_net, last), extra=extra)
 
     def offset(self, observations: Array) -> Array | float:
-        """The backup's action [B, A], or 0. Not trained, hence worth computing once per update."""
+        """The backup's action [B, A], or 0. It is not trained: compute it once per update."""
         if self.backup is None:
             return 0.0
         with torch.inference_mode():
@@ -52,29 +50,33 @@ class Actor:
 
     def dist_extra(self) -> Array:
         """A copy of the distribution's parameters that do not depend on the state."""
-        return (
-            np.concatenate([e.ravel() for e in self.mlp.extra])
-            if self.mlp.extra
-            else np.zeros(0, np.float32)
-        )
+        return np.concatenate([np.zeros(0, np.float32), *(e.ravel() for e in self.mlp.extra)])
 
     def sample(self, head: Array, rng: np.random.Generator) -> NDArray[Any]:
+        """One action per state: [B, A], not clipped, or integers [B]."""
         raise NotImplementedError
 
     def log_prob(self, head: Array, actions: NDArray[Any]) -> Array:
+        """log pi(a_b | s_b): [B]."""
         raise NotImplementedError
 
     def backward(self, head: Array, actions: NDArray[Any], weights: Array) -> None:
         """Gradient of sum_b weights_b log pi(a_b | s_b) into ``mlp.grad``. weights: [B]."""
         raise NotImplementedError
 
+    def gradient(self, head: Array, actions: NDArray[Any], weights: Array) -> Array:
+        """sum_b weights_b grad log pi(a_b | s_b), a copy [P]. weights: [B]."""
+        self.backward(head, actions, weights)
+        return self.mlp.grad.copy()
+
     def kl(self, old_head: Array, old_extra: Array, head: Array) -> float:
         """Mean over states of KL(old || this)."""
         raise NotImplementedError
 
     def fisher_product(self, head: Array, direction: Array) -> Array:
-        """F v: the Hessian at this policy of ``kl`` in theta, at the states of the last ``head``
-        call. [P] -> [P].
+        """F v: the Hessian of ``kl`` in theta at this policy, times v. [P] -> [P].
+
+        The states are those of the last ``head`` call.
         """
         raise NotImplementedError
 
@@ -101,10 +103,9 @@ class GaussianActor(Actor):
         inverse_std = np.exp(-self.mlp.extra[0])
         z = (actions - head) * inverse_std
         weighted = z * weights[:, None]
-        self.mlp.extra_grads[0][:] = (
-            np.einsum("ba,ba->a", weighted, z) - weights.sum()
-        )  # d log p / d log_std = z^2 - 1
-        weighted *= inverse_std  # d log p / d mean = z / std
+        # d log p / d log_std = z^2 - 1 and d log p / d mean = z / std.
+        self.mlp.extra_grads[0][:] = np.einsum("ba,ba->a", weighted, z) - weights.sum()
+        weighted *= inverse_std
         self.mlp.backward(weighted)
 
     def kl(self, old_head: Array, old_extra: Array, head: Array) -> float:
@@ -155,7 +156,8 @@ class CategoricalActor(Actor):
     def fisher_product(self, head: Array, direction: Array) -> Array:
         tangent = self.mlp.jvp(direction)
         p = np.exp(self._log_softmax(head))
-        tangent = p * (tangent - (p * tangent).sum(axis=1, keepdims=True))  # (diag p - p p') t
+        # The Fisher matrix of logits is diag p - p p'.
+        tangent = p * (tangent - (p * tangent).sum(axis=1, keepdims=True))
         tangent /= len(tangent)
         self.mlp.backward(tangent)
         return self.mlp.grad.copy()
@@ -168,20 +170,14 @@ class CategoricalActor(Actor):
 def actor_of(policy: ActorCriticPolicy) -> Actor:
     """The NumPy actor of a policy.
 
-    Raises ValueError for policies or action spaces it does not cover.
+    Raises UserError for policies or action spaces that it does not cover.
     """
-    if not isinstance(policy.features_extractor, FlattenExtractor) or not isinstance(
-        policy.observation_space, spaces.Box
-    ):
-        raise ValueError(f"policy: needs flat Box observations, got {policy.observation_space}")
-    if isinstance(policy.action_space, spaces.Discrete):
+    observed, acted = policy.observation_space, policy.action_space
+    extractor = policy.features_extractor
+    if not isinstance(extractor, FlattenExtractor) or not isinstance(observed, spaces.Box):
+        raise UserError(f"policy: needs flat Box observations, got {observed}")
+    if isinstance(acted, spaces.Discrete):
         return CategoricalActor(policy)
-    if (
-        isinstance(policy.action_space, spaces.Box)
-        and not policy.use_sde
-        and len(policy.action_space.shape) == 1
-    ):
+    if isinstance(acted, spaces.Box) and not policy.use_sde and len(acted.shape) == 1:
         return GaussianActor(policy)
-    raise ValueError(
-        f"env.action_space: expected Discrete or a one-dimensional Box, got {policy.action_space}"
-    )
+    raise UserError(f"env.action_space: expected Discrete or a one-dimensional Box, got {acted}")

@@ -18,8 +18,10 @@ from scpo_bench.baselines.cpo_dual import (
     trust_region_step,
 )
 from scpo_bench.baselines.networks import Array
-from scpo_bench.baselines.on_policy import Batch, ConstrainedOnPolicy, OnPolicyConfig, flat_gradient
+from scpo_bench.baselines.on_policy import ConstrainedOnPolicy, OnPolicyConfig
+from scpo_bench.baselines.rollout import Batch
 from scpo_bench.configuration import require
+from scpo_bench.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +50,8 @@ class CPOConfig(OnPolicyConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.cost_keys) != 1:
-            raise ValueError(
-                f"CPOConfig.cost_keys: CPO's dual is solved for one constraint, got {len(self.cost_keys)}: "
+            raise UserError(
+                "CPOConfig.cost_keys: CPO's dual is solved for one constraint, got "
                 f"{', '.join(self.cost_keys)}; 'ppo-lagrangian' takes several"
             )
         for name in ("cg_iterations", "fisher_stride", "line_search_steps"):
@@ -60,7 +62,7 @@ class CPOConfig(OnPolicyConfig):
 
 @dataclass(frozen=True)
 class Surrogates:
-    """First-order objectives at the tried policy, relative to the old one, per step."""
+    """Changes at a tried policy, relative to the old one: importance-weighted means per step."""
 
     reward_gain: float
     cost_gain: float
@@ -71,9 +73,9 @@ class Surrogates:
 
 
 class CPO(ConstrainedOnPolicy):
-    """See ``ConstrainedOnPolicy`` for the arguments and errors.
+    """CPO with one constraint; with an infinite limit it is TRPO.
 
-    One constraint; with an infinite limit it is TRPO.
+    See ``ConstrainedOnPolicy`` for the arguments and errors.
     """
 
     Config: ClassVar[type[OnPolicyConfig]] = CPOConfig
@@ -83,43 +85,33 @@ class CPO(ConstrainedOnPolicy):
 
     def train(self) -> None:
         """One update: solve the subproblem, search along the step, fit the critics."""
-        assert self.episode_costs is not None
         config = self.config
         actor, critics = actor_of(self.policy), self._critics()
         batch = self._batch(actor, critics)
-        reward_advantages = (batch.advantages[0] - batch.advantages[0].mean()) / (
-            batch.advantages[0].std() + 1e-8
-        )
-        cost_advantages = (
-            batch.advantages[1] - batch.advantages[1].mean()
-        )  # not scaled: b must keep the unit of c
+        reward, cost = batch.advantages
+        reward_advantages = (reward - reward.mean()) / (reward.std() + 1e-8)
+        cost_advantages = cost - cost.mean()  # not scaled: b must keep the unit of c
         n_steps = len(cost_advantages)
 
         head = actor.head(batch.observations, batch.offset)
-        g = flat_gradient(actor, head, batch.actions, reward_advantages / n_steps)
-        b = flat_gradient(actor, head, batch.actions, cost_advantages / n_steps)
+        g = actor.gradient(head, batch.actions, reward_advantages / n_steps)
+        b = actor.gradient(head, batch.actions, cost_advantages / n_steps)
         # b.x is a change of cost per step, so c is the episode's excess spread over its steps.
         episodic_cost, episode_length = self.episode_costs.estimate()
         c = float(episodic_cost[0] - config.limits()[0]) / episode_length
 
         step, direction, (q, r, s) = self._solve(actor, batch, g, b, c)
+        recovery = step.case is Case.RECOVERY
+        advantages = (reward_advantages, cost_advantages)
         accepted, fraction, tried = self._line_search(
-            actor,
-            batch,
-            head,
-            direction,
-            reward_advantages,
-            cost_advantages,
-            c,
-            step.case is Case.RECOVERY,
+            actor, batch, head, direction, *advantages, c, recovery
         )
 
         errors = [0.0, 0.0]
         for _ in range(config.critic_passes):
             for index in self._minibatches(n_steps):
-                errors = self._critic_step(
-                    critics, batch.observations[index], batch.returns[:, index]
-                )
+                observations, returns = batch.observations[index], batch.returns[:, index]
+                errors = self._critic_step(critics, observations, returns)
 
         self.case_counts = tuple(n + (case is step.case) for n, case in zip(self.case_counts, Case))
         diagnostics = {
@@ -141,15 +133,14 @@ class CPO(ConstrainedOnPolicy):
             "reward_critic_error": errors[0],
             "cost_critic_error": errors[1],
         }
-        diagnostics |= {
-            f"updates_{case.name.lower()}": n for case, n in zip(Case, self.case_counts)
-        }
+        for case, n in zip(Case, self.case_counts):
+            diagnostics[f"updates_{case.name.lower()}"] = n
         self._finish(actor, critics, diagnostics)
 
     def _solve(
         self, actor: Actor, batch: Batch, g: Array, b: Array, c: float
     ) -> tuple[TrustRegionStep, Array, tuple[float, float, float]]:
-        """The subproblem's solution, the step x [P] it stands for, and (q, r, s)."""
+        """The subproblem's solution, its step x [P], and (q, r, s)."""
         config, stride = self.config, self.config.fisher_stride
         offset = batch.offset[::stride] if isinstance(batch.offset, np.ndarray) else batch.offset
         fisher_head = actor.head(batch.observations[::stride], offset)
@@ -159,20 +150,13 @@ class CPO(ConstrainedOnPolicy):
 
         on_g = conjugate_gradient(curvature, g, config.cg_iterations)
         q = float(g @ on_g)
-        if np.isneginf(c):
-            return trust_region_step(q, 0.0, 0.0, c, config.target_kl), *self._scaled(q, on_g)
+        if np.isneginf(c):  # no limit: TRPO's step, for which b is not needed
+            length = np.float32(np.sqrt(2 * config.target_kl / q) if q > 0 else 0.0)
+            return trust_region_step(q, 0.0, 0.0, c, config.target_kl), length * on_g, (q, 0.0, 0.0)
         on_b = conjugate_gradient(curvature, b, config.cg_iterations)
         r, s = float(g @ on_b), float(b @ on_b)
         step = trust_region_step(q, r, s, c, config.target_kl)
         return step, np.float32(step.on_reward) * on_g + np.float32(step.on_cost) * on_b, (q, r, s)
-
-    def _scaled(self, q: float, on_g: Array) -> tuple[Array, tuple[float, float, float]]:
-        """TRPO's step, for an infinite limit: b is not even needed."""
-        return np.float32(np.sqrt(2 * self.config.target_kl / q) if q > 0 else 0.0) * on_g, (
-            q,
-            0.0,
-            0.0,
-        )
 
     def _line_search(
         self,
@@ -185,11 +169,10 @@ class CPO(ConstrainedOnPolicy):
         c: float,
         recovery: bool,
     ) -> tuple[Surrogates, float, int]:
-        """Set the longest step that keeps the KL bound and the constraint and, recovery excepted,
-        does not lose reward.
+        """Take the longest step that keeps the KL bound, the constraint and the reward.
 
-        Returns (surrogates, step fraction, lengths tried). On failure theta is restored exactly:
-        fraction 0.
+        A recovery step may lose reward. Returns (surrogates, step fraction, lengths tried). On
+        failure theta is restored exactly, and the fraction is 0.
         """
         config, theta = self.config, actor.mlp.theta
         old_theta, old_extra = theta.copy(), actor.dist_extra()
@@ -197,9 +180,8 @@ class CPO(ConstrainedOnPolicy):
         fraction = 1.0
         for tried in range(1, config.line_search_steps + 1):
             theta[:] = old_theta + np.float32(fraction) * direction
-            with np.errstate(
-                over="ignore", invalid="ignore"
-            ):  # a non-finite try counts as too long a step
+            # A non-finite trial counts as too long a step.
+            with np.errstate(over="ignore", invalid="ignore"):
                 head = actor.head(batch.observations, batch.offset)
                 change = np.exp(actor.log_prob(head, batch.actions) - old_log_prob) - 1.0
                 at = Surrogates(
@@ -208,12 +190,8 @@ class CPO(ConstrainedOnPolicy):
                     actor.kl(old_head, old_extra, head),
                 )
             keeps_reward = recovery or at.reward_gain >= 0
-            if (
-                at.finite()
-                and at.kl <= config.target_kl
-                and keeps_reward
-                and at.cost_gain <= max(-c, 0.0)
-            ):
+            keeps_cost = at.cost_gain <= max(-c, 0.0)
+            if at.finite() and at.kl <= config.target_kl and keeps_reward and keeps_cost:
                 return at, fraction, tried
             fraction *= config.line_search_shrink
         theta[:] = old_theta

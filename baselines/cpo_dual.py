@@ -27,7 +27,7 @@ class Case(IntEnum):
 
 @dataclass(frozen=True)
 class TrustRegionStep:
-    """x = on_reward H^-1 g + on_cost H^-1 b."""
+    """The step x = on_reward H^-1 g + on_cost H^-1 b, and the multipliers at the optimum."""
 
     case: Case
     on_reward: float
@@ -44,9 +44,8 @@ def trust_region_step(
     """Solve max g.x subject to c + b.x <= 0 and x'Hx/2 <= delta.
 
     q = g'H^-1 g, r = g'H^-1 b, s = b'H^-1 b; c: constraint value now (feasible <= 0), in the unit
-    of b.x; delta > 0: KL bound.
-    negligible: s at or below it counts as b = 0 (with c > 0 nothing can then be done: the step is
-    zero, a recovery).
+    of b.x; delta > 0: KL bound. negligible: s at or below it counts as b = 0; with c > 0 nothing
+    can then be done, and the step is a recovery of length zero.
     Source: Achiam et al. 2017, arXiv 1705.10528, theorem 2 and appendix 10.2.
     """
     trpo_lambda = np.sqrt(q / (2 * delta))
@@ -65,16 +64,15 @@ def trust_region_step(
     if c + r * trpo_scale <= 0:
         return TrustRegionStep(case, trpo_scale, 0.0, trpo_lambda, 0.0)
     # Else the constraint is active: x = (-c/s) H^-1 b plus the part of g that is H^-1-orthogonal to
-    # b, as long as fits.
+    # b, as long as the trust region allows.
     orthogonal = q - r * r / s
     if orthogonal <= 1e-12 * q or slack == 0:
         return TrustRegionStep(case, 0.0, -c / s, 0.0, r / s)
     kl_multiplier = np.sqrt(orthogonal / slack)
     cost_multiplier = max((kl_multiplier * c + r) / s, 0.0)
     on_reward = 1.0 / kl_multiplier
-    return TrustRegionStep(
-        case, on_reward, -c / s - on_reward * r / s, kl_multiplier, cost_multiplier
-    )
+    on_cost = -c / s - on_reward * r / s
+    return TrustRegionStep(case, on_reward, on_cost, kl_multiplier, cost_multiplier)
 
 
 def conjugate_gradient(
@@ -83,9 +81,7 @@ def conjugate_gradient(
     iterations: int,
     tolerance: float = 1e-10,
 ) -> NDArray[np.floating]:
-    """Approximate A^-1 rhs for symmetric positive definite A given as ``product``: v -> A v.
-
-    [P] -> [P].
+    """Approximate A^-1 rhs [P] for symmetric positive definite A given as ``product``: v -> A v.
 
     Stops after ``iterations`` or when the squared residual falls to tolerance * |rhs|^2.
     Source: Hestenes & Stiefel 1952; Nocedal & Wright 2006, algorithm 5.2.

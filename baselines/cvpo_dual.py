@@ -1,5 +1,4 @@
-"""CVPO's E-step: the best reweighting of sampled actions within a KL ball and a cost threshold,
-solved exactly.
+"""CVPO's E-step, solved exactly: reweight sampled actions within a KL and a cost bound.
 
     max_q  mean_b E_q[Q_r]   s.t.   mean_b KL(q_b || uniform_K) <= eps,   mean_b E_q[Q_c] <= d
     q(k|b) = softmax_k((Q_r - lam Q_c) / eta),  (eta, lam) minimising the convex dual
@@ -21,28 +20,29 @@ MIN_LOG_ETA, MAX_LOG_ETA = -14.0, 14.0  # of eta in units of the spread of Q_r
 
 @dataclass(frozen=True)
 class EStep:
-    """The reweighting and how it came about."""
+    """The reweighting, its multipliers, and how well it satisfies the optimality conditions."""
 
     weights: Array
     """q [B, K]; each row sums to one."""
     eta: float
     """Temperature, in the unit of Q_r."""
     lam: float
-    """Multiplier of the cost threshold, unit of Q_r per unit of Q_c; in a recovery step 0 (no dual
-    solution exists).
+    """Multiplier of the cost threshold, in units of Q_r per unit of Q_c.
+
+    0 in a recovery step, where no dual solution exists.
     """
     kl: float
     """mean_b KL(q_b || uniform)."""
     cost_excess: float
     """mean_b E_q[Q_c] - d."""
     kkt_residual: float
-    """Largest violation of the optimality conditions, in scaled units (KL relative to eps); 0 in a
-    recovery step.
+    """Largest violation of the optimality conditions, in scaled units (KL relative to eps).
+
+    0 in a recovery step.
     """
     iterations: int
     recovery: bool
-    """True: no q in the KL ball reaches d, and ``weights`` has the lowest reachable cost instead.
-    """
+    """Whether no q in the KL ball reaches d; ``weights`` then has the lowest reachable cost."""
 
     def effective_sample_size(self) -> float:
         """Mean over states of 1 / sum_k q^2, in [1, K]."""
@@ -50,11 +50,10 @@ class EStep:
 
 
 def cost_threshold(episodic_limit: float, gamma: float, episode_steps: float) -> float:
-    """Episodic undiscounted limit C -> threshold on Q_c: d = C (1 - gamma^T) / ((1 - gamma) T); C
-    where gamma = 1.
+    """The episodic limit C as a threshold on Q_c: d = C (1 - gamma^T) / ((1 - gamma) T).
 
-    Source: Liu et al. 2022, appendix; a constant cost C/T per step has exactly this discounted sum
-    over T steps.
+    C is undiscounted; d = C where gamma = 1. A constant cost C/T per step has exactly this
+    discounted sum over T steps. Source: Liu et al. 2022, appendix.
     """
     if gamma == 1.0:
         return episodic_limit
@@ -62,9 +61,7 @@ def cost_threshold(episodic_limit: float, gamma: float, episode_steps: float) ->
 
 
 def softmax_with_kl(z: Array) -> tuple[Array, float, float]:
-    """(q = softmax over the last axis, mean log[(1/K) sum_k exp z], mean KL(q || uniform)) for z
-    [B, K].
-    """
+    """(q, mean log[(1/K) sum_k exp z], mean KL(q || uniform)) for z [B, K], q = softmax_k(z)."""
     top = z.max(axis=1, keepdims=True)
     q = np.exp(z - top)
     total = q.sum(axis=1, keepdims=True)
@@ -74,17 +71,13 @@ def softmax_with_kl(z: Array) -> tuple[Array, float, float]:
 
 
 def tilt_to_kl(scores: Array, eps: float, tolerance: float = 1e-12) -> tuple[Array, float, int]:
-    """(q, eta, iterations): q = softmax(scores / eta), mean KL(q || uniform) = eps, by safeguarded
-    Newton in log eta.
+    """(q, eta, iterations) with q = softmax(scores / eta) and mean KL(q || uniform) = eps.
 
-    KL falls in eta. If eps exceeds what any eta reaches, the smallest eta is returned (ties share
-    the mass).
-    scores: [B, K] with a spread near one.
+    scores: [B, K] with a spread near one. Safeguarded Newton in log eta; KL falls in eta. If eps
+    exceeds the KL at every eta, the smallest eta is returned (ties share the mass).
     """
     low, high = MIN_LOG_ETA, MAX_LOG_ETA
-    x = float(
-        np.clip(-0.5 * np.log(2 * eps), low, high)
-    )  # small-tilt limit: KL = Var(scores) / (2 eta^2), Var = 1
+    x = _small_tilt(eps)
     q = np.empty(0)
     iteration = 0
     while iteration < 100:
@@ -102,6 +95,11 @@ def tilt_to_kl(scores: Array, eps: float, tolerance: float = 1e-12) -> tuple[Arr
     return q, float(np.exp(x)), iteration
 
 
+def _small_tilt(eps: float) -> float:
+    """log eta where KL = eps in the limit of small tilts: KL = Var / (2 eta^2), Var = 1."""
+    return float(np.clip(-0.5 * np.log(2 * eps), MIN_LOG_ETA, MAX_LOG_ETA))
+
+
 def _covariances(q: Array, a: Array, b: Array) -> tuple[float, float, float]:
     """mean_b Cov_{q_b} of (a, a), (a, b), (b, b)."""
     qa, qb = q * a, q * b
@@ -116,8 +114,7 @@ def _covariances(q: Array, a: Array, b: Array) -> tuple[float, float, float]:
 def e_step(
     q_reward: Array, q_cost: Array, eps: float, threshold: float, max_iterations: int = 60
 ) -> EStep:
-    """Solve the E-step for Q values [B, K] of K actions drawn from the old policy in each of B
-    states.
+    """Solve the E-step for Q values [B, K] of K actions per state, drawn from the old policy.
 
     eps > 0: KL bound; threshold: d, infinite for no constraint. Works in float64 on Q centred per
     state and scaled by its spread.
@@ -125,19 +122,15 @@ def e_step(
     q_reward, q_cost = np.asarray(q_reward, np.float64), np.asarray(q_cost, np.float64)
     reward, reward_scale = _centred(q_reward)
     cost, cost_scale = _centred(q_cost)
-    slack = (
-        threshold - float(q_cost.mean())
-    ) / cost_scale  # d for the centred, scaled costs; their uniform mean is 0
+    # d for the centred, scaled costs, whose uniform mean is 0.
+    slack = (threshold - float(q_cost.mean())) / cost_scale
     constrained = np.isfinite(threshold) and cost_scale < np.inf and bool(np.any(cost))
 
     def finish(
         weights: Array, eta: float, lam: float, kkt: float, iterations: int, recovery: bool
     ) -> EStep:
-        kl = float(
-            np.mean(
-                np.sum(weights * np.log(np.maximum(weights * weights.shape[1], 1e-300)), axis=1)
-            )
-        )
+        ratio = np.maximum(weights * weights.shape[1], 1e-300)
+        kl = float(np.mean(np.sum(weights * np.log(ratio), axis=1)))
         excess = float(np.vdot(weights, q_cost)) / len(weights) - threshold
         return EStep(
             weights,
@@ -163,19 +156,14 @@ def e_step(
     elif not np.any(reward):
         return finish(np.full_like(reward, 1.0 / reward.shape[1]), 1.0, 0.0, 0.0, 0, False)
     x, lam, kkt, iterations = _minimise_dual(reward, cost, eps, slack, max_iterations)
-    return finish(
-        softmax_with_kl((reward - lam * cost) * np.exp(-x))[0],
-        float(np.exp(x)),
-        lam,
-        kkt,
-        iterations,
-        False,
-    )
+    weights = softmax_with_kl((reward - lam * cost) * np.exp(-x))[0]
+    return finish(weights, float(np.exp(x)), lam, kkt, iterations, False)
 
 
 def _centred(q: Array) -> tuple[Array, float]:
-    """(q minus its mean per state, over its standard deviation; that deviation, 1 where actions
-    make no difference).
+    """(q minus its mean per state, over its standard deviation; that deviation).
+
+    Where actions make no difference: zeros, and 1.
     """
     centred = q - q.mean(axis=1, keepdims=True)
     scale = float(centred.std())
@@ -185,9 +173,7 @@ def _centred(q: Array) -> tuple[Array, float]:
 
 
 def _eta_residual(kl: float, eps: float, log_eta: float) -> float:
-    """Relative violation of KL = eps; at the smallest eta (no tilt reaches eps) only an excess
-    counts.
-    """
+    """Relative violation of KL = eps; KL <= eps counts where no tilt reaches eps."""
     return max(kl / eps - 1.0, 0.0) if log_eta <= MIN_LOG_ETA + 1e-6 else abs(kl / eps - 1.0)
 
 
@@ -227,12 +213,10 @@ def _minimise_dual(
     """Projected Newton in (x = log eta, lam >= 0). Returns (x, lam, KKT residual, iterations).
 
     Gradient in eta: eps - KL; in lam: slack - E_q[cost]. Hessian in (eta, lam): (1/eta) mean_b
-    Cov_q of (z, cost).
-    In x: g_x = eta g_eta, g_xx = eta^2 g_etaeta + eta g_eta, the last term kept only where it adds
-    convexity.
+    Cov_q of (z, cost). In x: g_x = eta g_eta, g_xx = eta^2 g_etaeta + eta g_eta, the last term kept
+    only where it adds convexity.
     """
-    x = float(np.clip(-0.5 * np.log(2 * eps), MIN_LOG_ETA, MAX_LOG_ETA))
-    at = _dual_point(reward, cost, eps, slack, x, 0.0)
+    at = _dual_point(reward, cost, eps, slack, _small_tilt(eps), 0.0)
     for iteration in range(1, max_iterations + 1):
         if at.kkt <= tolerance:
             return at.x, at.lam, at.kkt, iteration - 1
@@ -253,8 +237,8 @@ def _minimise_dual(
             new_x = float(np.clip(at.x + step * dx, MIN_LOG_ETA, MAX_LOG_ETA))
             new = _dual_point(reward, cost, eps, slack, new_x, max(at.lam + step * dlam, 0.0))
             predicted = g_x * (new.x - at.x) + at.g_lam * (new.lam - at.lam)
-            # Near the optimum the value's differences drown in rounding; there a falling residual
-            # decides.
+            # Near the optimum the value's differences are lost in rounding; there a falling
+            # residual decides.
             if new.value <= at.value + 1e-4 * predicted or new.kkt <= 0.5 * at.kkt:
                 break
         else:

@@ -1,6 +1,4 @@
-"""CVPO's networks: a Gaussian actor with state-dependent mean and covariance, and all critics in
-one batch.
-"""
+"""CVPO's networks: a Gaussian actor with state-dependent mean and deviation, and the critics."""
 
 from __future__ import annotations
 
@@ -18,12 +16,11 @@ SLICE_ROWS = 512  # state-action pairs per slice in Critics.forward
 
 
 class GaussianActor(nn.Module):
-    """observations [B, O] -> mean, std [B, A] of a diagonal Gaussian in the environment's action
-    units (not squashed).
+    """Mean and standard deviation [B, A] of a diagonal Gaussian, for observations [B, O].
 
-    Without a backup: mean = centre + half_range tanh(.). With one: mean = backup(observations) +
-    residual, whose last layer starts at zero. std = half_range (0.001 + softplus(.)), at the start
-    ``initial_std`` half ranges everywhere.
+    In the environment's action units, not squashed. Without a backup: mean = centre + half_range
+    tanh(.). With one: mean = backup(observations) + residual, whose last layer starts at zero.
+    std = half_range (0.001 + softplus(.)), at the start ``initial_std`` half ranges everywhere.
     """
 
     centre: Tensor
@@ -38,22 +35,16 @@ class GaussianActor(nn.Module):
         backup: nn.Module | None,
     ) -> None:
         super().__init__()
-        low, high = (
-            torch.as_tensor(bound, dtype=torch.float32)
-            for bound in (action_space.low, action_space.high)
-        )
-        self.register_buffer("centre", (high + low) / 2)
-        self.register_buffer("half_range", (high - low) / 2)
+        _register_range(self, action_space)
         self.floor = 1e-3
-        self.std_shift = float(
-            np.log(np.expm1(initial_std - self.floor))
-        )  # softplus(std_shift) = initial_std - floor
+        # softplus(std_shift) = initial_std - floor
+        self.std_shift = float(np.log(np.expm1(initial_std - self.floor)))
         self.backup = backup
         widths = [obs_dim, *net_arch]
         layers = [m for i, o in pairwise(widths) for m in (nn.Linear(i, o), nn.ReLU())]
         self.trunk = nn.Sequential(*layers)
-        self.mean = nn.Linear(widths[-1], low.numel())
-        self.raw_std = nn.Linear(widths[-1], low.numel())
+        self.mean = nn.Linear(widths[-1], self.centre.numel())
+        self.raw_std = nn.Linear(widths[-1], self.centre.numel())
         nn.init.zeros_(self.raw_std.weight)
         nn.init.zeros_(self.raw_std.bias)
         if backup is not None:
@@ -69,14 +60,12 @@ class GaussianActor(nn.Module):
             with torch.no_grad():
                 action = self.backup(observations)
             mean = action + mean
-        return mean, self.half_range * (
-            self.floor + nn.functional.softplus(self.raw_std(latent) + self.std_shift)
-        )
+        spread = nn.functional.softplus(self.raw_std(latent) + self.std_shift)
+        return mean, self.half_range * (self.floor + spread)
 
 
 class Critics(nn.Module):
-    """``n`` action-value networks with ReLU layers, evaluated and differentiated one after the
-    other in cache-sized pieces.
+    """``n`` action-value networks with ReLU layers, evaluated in cache-sized slices.
 
     The first layer is split, W_s s + W_a a, so that K actions in one state share the state's part.
     Derivatives are written out: through autograd the four networks' regression takes twice as long.
@@ -87,22 +76,17 @@ class Critics(nn.Module):
 
     def __init__(self, n: int, obs_dim: int, action_space: spaces.Box, net_arch: list[int]) -> None:
         super().__init__()
-        low, high = (
-            torch.as_tensor(bound, dtype=torch.float32)
-            for bound in (action_space.low, action_space.high)
-        )
-        self.register_buffer("centre", (high + low) / 2)
-        self.register_buffer("half_range", (high - low) / 2)
+        _register_range(self, action_space)
         self.n = n
 
         def uniform(*shape: int, fan_in: int) -> nn.Parameter:
-            return nn.Parameter(
-                (2 * torch.rand(*shape) - 1) / np.sqrt(fan_in)
-            )  # torch's default for Linear
+            """torch's default for Linear."""
+            return nn.Parameter((2 * torch.rand(*shape) - 1) / np.sqrt(fan_in))
 
-        fan_in = obs_dim + low.numel()
+        actions = self.centre.numel()
+        fan_in = obs_dim + actions
         self.state_weight = uniform(n, obs_dim, net_arch[0], fan_in=fan_in)
-        self.action_weight = uniform(n, low.numel(), net_arch[0], fan_in=fan_in)
+        self.action_weight = uniform(n, actions, net_arch[0], fan_in=fan_in)
         self.first_bias = uniform(n, 1, net_arch[0], fan_in=fan_in)
         widths = [*net_arch, 1]
         self.weights = nn.ParameterList(uniform(n, i, o, fan_in=i) for i, o in pairwise(widths))
@@ -110,9 +94,9 @@ class Critics(nn.Module):
 
     @torch.no_grad()
     def forward(self, observations: Tensor, actions: Tensor) -> Tensor:
-        """observations:
+        """Values [n, B, K], without gradients.
 
-        [B, O]; actions: [B, K, A] inside the action space -> values [n, B, K], without gradients.
+        observations: [B, O]; actions: [B, K, A] inside the action space.
         """
         B, K, A = actions.shape
         scaled = (actions - self.centre) / self.half_range
@@ -133,7 +117,7 @@ class Critics(nn.Module):
 
     @torch.no_grad()
     def regression(self, observations: Tensor, actions: Tensor, targets: Tensor) -> Tensor:
-        """Mean squared errors [n]; the gradient of their sum goes to ``.grad`` (overwritten).
+        """Mean squared errors [n]; overwrites ``.grad`` with the gradient of their sum.
 
         observations: [B, O]; actions: [B, A] inside the action space; targets: [n, B].
         """
@@ -166,14 +150,24 @@ class Critics(nn.Module):
         return errors.square_().mean(dim=1)
 
 
+def _register_range(module: nn.Module, action_space: spaces.Box) -> None:
+    """Give ``module`` the action space's ``centre`` and ``half_range`` [A] as buffers."""
+    low, high = (
+        torch.as_tensor(bound, dtype=torch.float32)
+        for bound in (action_space.low, action_space.high)
+    )
+    module.register_buffer("centre", (high + low) / 2)
+    module.register_buffer("half_range", (high - low) / 2)
+
+
 def _grad(parameter: Tensor) -> Tensor:
+    """The gradient of a parameter, which ``regression`` has allocated."""
     assert parameter.grad is not None
     return parameter.grad
 
 
 class CVPOPolicy(BasePolicy):
-    """Actor, critics (2 of the reward, then 2 of the cost), their slowly following targets, and
-    optimisers.
+    """Actor, critics (2 of the reward, then 2 of the cost), their targets, and optimisers.
 
     net_arch: hidden widths of every network; backup: module, observations [B, O] -> actions [B, A],
     environment units.
@@ -214,11 +208,9 @@ class CVPOPolicy(BasePolicy):
 
     def follow(self, tau: float) -> None:
         """targets += tau (networks - targets)."""
+        pairs = ((self.actor, self.actor_target), (self.critics, self.critics_target))
         with torch.no_grad():
-            for online, target in (
-                (self.actor, self.actor_target),
-                (self.critics, self.critics_target),
-            ):
+            for online, target in pairs:
                 for p, q in zip(online.parameters(), target.parameters()):
                     q.lerp_(p, tau)
 
@@ -235,9 +227,9 @@ def gaussian_kl_split(
 ) -> tuple[Tensor, Tensor]:
     """(KL_mu, KL_Sigma) per state [B] of diagonal Gaussians [B, A], summed over action dimensions.
 
-    KL_mu = KL(N(old_mean, old_std) || N(mean, old_std)), KL_Sigma = KL(N(old_mean, old_std) ||
-    N(old_mean, std)): the two are constrained apart. Source: Abdolmaleki et al. 2018, arXiv
-    1812.02256, section 4.2 and appendix.
+    KL_mu = KL(N(old_mean, old_std) || N(mean, old_std)) and KL_Sigma = KL(N(old_mean, old_std) ||
+    N(old_mean, std)) are constrained separately. Source: Abdolmaleki et al. 2018, arXiv 1812.02256,
+    section 4.2 and appendix.
     """
     kl_mean = 0.5 * ((mean - old_mean) / old_std).square().sum(dim=-1)
     ratio = (old_std / std).square()

@@ -1,4 +1,4 @@
-"""Costs summed over episodes: the constraint estimate J_C of the on-policy baselines."""
+"""Costs summed over episodes: the constraint estimate J_C."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from numpy.typing import NDArray
 
 
 class EpisodeCosts:
-    """Undiscounted cost of the episodes that end during one update's data collection: the
-    constraint estimate J_C.
+    """Undiscounted cost of the episodes that end during one update's data collection.
 
     n_envs: N environments; n_costs: C constraints. Episodes may start in an earlier update.
     """
@@ -24,7 +23,7 @@ class EpisodeCosts:
         self.all_episodes, self.all_steps = 0, 0.0
 
     def start_update(self) -> None:
-        """Forget the finished episodes; running ones go on."""
+        """Forget the finished episodes; running ones continue."""
         self.finished, self.lengths = [], []
         self.collected_C, self.steps = np.zeros_like(self.collected_C), 0
 
@@ -33,7 +32,7 @@ class EpisodeCosts:
         self.running_NC[:], self.length_N[:] = 0.0, 0.0
 
     def add(self, costs_NC: NDArray[np.float64], dones_N: NDArray[np.bool_]) -> None:
-        """One vectorised step."""
+        """Count one vectorised step."""
         self.running_NC += costs_NC
         self.length_N += 1.0
         self.collected_C += costs_NC.sum(axis=0)
@@ -41,28 +40,24 @@ class EpisodeCosts:
         for env in np.flatnonzero(dones_N):
             self.finished.append(self.running_NC[env].copy())
             self.lengths.append(float(self.length_N[env]))
-            self.all_episodes, self.all_steps = (
-                self.all_episodes + 1,
-                self.all_steps + self.length_N[env],
-            )
+            self.all_episodes += 1
+            self.all_steps += self.length_N[env]
             self.running_NC[env], self.length_N[env] = 0.0, 0.0
 
     def mean_length(self) -> float:
-        """Mean length in steps of all episodes finished so far; the longest running one's where
-        none has.
+        """Mean length in steps of all episodes finished so far.
+
+        Where none has finished, the length of the longest running one.
         """
-        return float(
-            self.all_steps / self.all_episodes
-            if self.all_episodes
-            else max(self.length_N.max(), 1.0)
-        )
+        if self.all_episodes:
+            return float(self.all_steps / self.all_episodes)
+        return float(max(self.length_N.max(), 1.0))
 
     def estimate(self) -> tuple[NDArray[np.float64], float]:
-        """(J_C [C] in cost per episode, mean episode length in steps).
+        """(J_C [C] in cost per episode, mean episode length in steps) of this update.
 
-        When no episode ended in this update: this update's cost per step times the episode length,
-        the latter being the larger of the last update's mean length and the longest running episode
-        (a lower bound on its own).
+        Where no episode ended in it: its cost per step times the episode length, taken to be the
+        larger of the last update's mean length and the longest running episode (a lower bound).
         """
         if self.finished:
             self.last_episode_length = float(np.mean(self.lengths))

@@ -1,4 +1,4 @@
-"""Lagrange multipliers by projected ascent."""
+"""Updates of Lagrange multipliers by projected ascent, and the Lagrangian's advantages."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from numpy.typing import ArrayLike, NDArray
 
 @dataclass(frozen=True)
 class Multipliers:
-    """Multipliers of C constraints and the Adam moments of their ascent.
+    """Multipliers of C constraints and the Adam moments of their ascent, all [C].
 
-    All [C]; ``step`` counts updates.
+    ``step`` counts updates.
     """
 
     value: NDArray[np.float64]
@@ -21,8 +21,10 @@ class Multipliers:
     step: int = 0
 
     @classmethod
-    def start(cls, value: float, n_costs: int) -> Multipliers:
-        return cls(np.full(n_costs, float(value)), np.zeros(n_costs), np.zeros(n_costs))
+    def start(cls, value_C: ArrayLike) -> Multipliers:
+        """Multipliers before their first update."""
+        value = np.asarray(value_C, dtype=np.float64)
+        return cls(value, np.zeros_like(value), np.zeros_like(value))
 
 
 def projected_adam_ascent(
@@ -35,9 +37,8 @@ def projected_adam_ascent(
     """One Adam step of lambda along ``excess`` = J_C - limit [C], projected onto lambda >= 0.
 
     A constraint with an infinite limit (excess -inf) has multiplier exactly 0. Where the projection
-    acts, a first
-    moment that still points below zero is dropped: kept, it would delay the answer to the next
-    violation (wind-up).
+    acts, a first moment that still points below zero is dropped: kept, it would delay the response
+    to the next violation (wind-up).
     Source: Kingma & Ba 2015, arXiv 1412.6980, algorithm 1; Ray, Achiam, Amodei 2019, appendix.
     """
     excess = np.asarray(excess_C, dtype=np.float64)
@@ -67,5 +68,9 @@ def lagrangian_advantages(
     cost_advantages_CB: NDArray[np.floating],
     multipliers_C: NDArray[np.floating],
 ) -> NDArray[np.float64]:
-    """(A_r - sum_i lambda_i A_ci) / (1 + sum_i lambda_i): [B]. With all lambda = 0 it is A_r."""
+    """(A_r - sum_i lambda_i A_ci) / (1 + sum_i lambda_i): [B].
+
+    advantages: [B]; cost_advantages: [C, B]; multipliers: [C]. With all lambda = 0 it is A_r.
+    Source: Ray, Achiam, Amodei 2019, appendix.
+    """
     return (advantages_B - multipliers_C @ cost_advantages_CB) / (1.0 + multipliers_C.sum())

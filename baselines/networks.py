@@ -1,9 +1,9 @@
-"""Small multilayer perceptrons in NumPy: forward, backward and Jacobian products by hand, and Adam.
+"""Small multilayer perceptrons in NumPy, with hand-written derivatives, and Adam.
 
 Why not autograd: at batch 64 and 64x64 units a training step through torch is mostly dispatch
 (about 1.2 ms for an actor and two critics); the same arithmetic written out takes about a third of
-it. Parameters live in the torch modules of the Stable-Baselines3 policy: a network here is a copy
-of them for the length of one update, written back at its end.
+that. Parameters live in the torch modules of the Stable-Baselines3 policy: a network here is a copy
+of them for the duration of one update, written back at its end.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from scpo_bench.errors import UserError
+
 Array = NDArray[np.float32]
 
 
@@ -22,10 +24,9 @@ class Mlp:
     """``x -> W_L act(... act(W_1 x + b_1) ...) + b_L`` on a flat parameter vector.
 
     linears: torch layers the parameters are copied from; activation: "tanh" or "relu"; extra:
-    further parameters kept behind the layers' in the vector (a state-independent log standard
-    deviation).
-    theta, grad: [P], layer by layer (weight [out, in], then bias [out]), then extra. dtype follows
-    the torch layers.
+    further parameters kept after the layers' in the vector (a state-independent log standard
+    deviation). theta, grad: [P], layer by layer (weight [out, in], then bias [out]), then extra.
+    The dtype is that of the torch layers.
     """
 
     def __init__(
@@ -55,15 +56,13 @@ class Mlp:
 
     def write_back(self) -> None:
         """Copy theta into the torch parameters."""
+        layers = [v for pair in zip(self.weights, self.biases) for v in pair]
         with torch.no_grad():
-            for p, w in zip(
-                self.tensors,
-                [v for pair in zip(self.weights, self.biases) for v in pair] + self.extra,
-            ):
+            for p, w in zip(self.tensors, layers + self.extra):
                 p.copy_(torch.from_numpy(w))
 
     def forward(self, x: Array) -> Array:
-        """x: [B, in] -> [B, out]. Keeps what ``backward`` and ``jvp`` need."""
+        """x: [B, in] -> [B, out]. Stores what ``backward`` and ``jvp`` need."""
         self._inputs = [x]
         for weight, bias in zip(self.weights[:-1], self.biases[:-1]):
             x = x @ weight.T
@@ -76,9 +75,9 @@ class Mlp:
         return x @ self.weights[-1].T + self.biases[-1]
 
     def backward(self, d_out: Array) -> None:
-        """d_out: dL/d(output) [B, out] of the last forward.
+        """Gradient of L into ``grad``, from d_out = dL/d(output) [B, out] of the last forward.
 
-        Overwrites ``grad`` (extra parameters' part excepted).
+        The part of ``grad`` that belongs to extra parameters is left alone.
         """
         delta = d_out
         for layer in range(len(self.weights) - 1, -1, -1):
@@ -119,14 +118,15 @@ class Adam:
         dtype: np.dtype | type = np.float32,
         beta1: float = 0.9,
         beta2: float = 0.999,
-    ):
+    ) -> None:
         self.first, self.second = np.zeros(size, dtype), np.zeros(size, dtype)
         self._work = np.zeros(size, dtype)
         self.steps, self.beta1, self.beta2, self.eps = 0, beta1, beta2, 1e-8
 
     def update(self, theta: Array, grad: Array, lr: float, max_grad_norm: float = np.inf) -> None:
-        """In place on ``theta``; the gradient's norm is first cut to ``max_grad_norm`` (in place on
-        ``grad``).
+        """One step, in place on ``theta`` [P].
+
+        The norm of ``grad`` [P] is first clipped to ``max_grad_norm``, in place.
         """
         norm = float(np.sqrt(grad @ grad))
         if norm > max_grad_norm:
@@ -148,19 +148,17 @@ class Adam:
 
 
 def sequential_layers(*modules: nn.Module) -> tuple[list[nn.Linear], str]:
-    """(linear layers in order, "tanh" or "relu") of plain torch MLPs put one after the other.
+    """(linear layers in order, "tanh" or "relu") of plain torch MLPs applied one after the other.
 
-    Raises ValueError for any other module, or for mixed activations.
+    Raises UserError for any other module, or for mixed activations.
     """
-    flat = [
-        m for module in modules for m in (module if isinstance(module, nn.Sequential) else [module])
-    ]
+    flat: list[nn.Module] = []
+    for module in modules:
+        flat += list(module) if isinstance(module, nn.Sequential) else [module]
     linears = [m for m in flat if isinstance(m, nn.Linear)]
     names = {nn.Tanh: "tanh", nn.ReLU: "relu"}
     others = {type(m) for m in flat if not isinstance(m, nn.Linear)}
-    unknown = others - set(names)
-    if unknown or len(others) > 1:
-        raise ValueError(
-            f"policy_kwargs.activation_fn: expected nn.Tanh or nn.ReLU, got {sorted(map(str, others))}"
-        )
+    if others - set(names) or len(others) > 1:
+        found = sorted(map(str, others))
+        raise UserError(f"policy_kwargs.activation_fn: expected nn.Tanh or nn.ReLU, got {found}")
     return linears, names[others.pop()] if others else "tanh"

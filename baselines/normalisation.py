@@ -11,18 +11,14 @@ FIELDS = ("obs_rms", "ret_rms", "returns")
 
 
 def normalisation_state(env: VecNormalize | None) -> dict[str, Any] | None:
-    """A copy of the running statistics (and running returns) of ``env``, None where it does not
-    normalise.
-    """
-    return (
-        None
-        if env is None
-        else {name: deepcopy(getattr(env, name)) for name in FIELDS if hasattr(env, name)}
-    )
+    """A copy of the running statistics and returns of ``env``; None where it does not normalise."""
+    if env is None:
+        return None
+    return {name: deepcopy(getattr(env, name)) for name in FIELDS if hasattr(env, name)}
 
 
 def restore_normalisation(env: VecNormalize | None, state: dict[str, Any] | None) -> None:
-    """Put a saved state back. Does nothing where either side has none."""
+    """Put a saved state back; does nothing where either side has none."""
     if env is not None and state is not None:
         for name, value in state.items():
             if name != "returns" or len(value) == env.num_envs:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from gymnasium import spaces
 from numpy.typing import NDArray
+from stable_baselines3.common.vec_env import VecNormalize
+
+from scpo_bench.baselines.constrained import flat
+from scpo_bench.errors import UserError
 
 Array = NDArray[np.float32]
 FIELDS = ("observations", "actions", "rewards", "costs", "next_observations", "terminated", "ends")
@@ -23,27 +27,31 @@ class Transitions:
     actions: Array
     """[B, A], as applied (inside the action space)."""
     rewards: Array
-    """[B]: sum_{i<m} gamma^i r_{t+i}, m <= n the steps to the episode's end or to the newest stored
-    step.
-    """
+    """[B]: sum_{i<m} gamma^i r_{t+i}, over the m <= n steps to the episode's end or newest step."""
     costs: Array
     """[B]: the same sum of costs."""
     next_observations: Array
-    """[B, O]: m steps on."""
+    """[B, O]: m steps later."""
     discounts: Array
     """[B]: gamma^m, or 0 where the episode terminated (a truncated one bootstraps)."""
 
+    def tensors(self, device: torch.device) -> list[torch.Tensor]:
+        """All fields in their order."""
+        return [torch.from_numpy(array).to(device) for array in vars(self).values()]
+
 
 class CostReplay:
-    """Ring buffer of ``buffer_size`` transitions over N environments; SB3 calls the constructor as
-    its own buffers'.
+    """Ring buffer of ``buffer_size`` transitions over N environments, not normalised.
+
+    The constructor's signature is that of SB3's replay buffers; device and optimize_memory_usage
+    are not used.
     """
 
     def __init__(
         self,
         buffer_size: int,
-        observation_space: Any,
-        action_space: Any,
+        observation_space: spaces.Box,
+        action_space: spaces.Box,
         device: Any = None,
         n_envs: int = 1,
         optimize_memory_usage: bool = False,
@@ -71,9 +79,12 @@ class CostReplay:
         n_step: int,
         gamma: float,
         rng: np.random.Generator,
-        normalise_rewards: Callable[[Array], Array] = lambda rewards: rewards,
+        normaliser: VecNormalize | None = None,
     ) -> Transitions:
-        """Uniform over stored steps, with replacement."""
+        """Uniform over stored steps, with replacement.
+
+        ``normaliser`` is applied to single rewards, before they are summed, and to observations.
+        """
         age = rng.integers(self.stored, size=batch_size)  # 0: the newest row
         env = rng.integers(self.n_envs, size=batch_size)
         offset = np.arange(n_step)
@@ -85,12 +96,20 @@ class CostReplay:
         last = used.sum(axis=1) - 1
         last_row = rows[np.arange(batch_size), last]
         going = ~self.terminated[last_row, env]
+        rewards = self.rewards[rows, env[:, None]]
+        observations = self.observations[rows[:, 0], env]
+        following = self.next_observations[last_row, env]
+        if normaliser is not None:
+            rewards = normaliser.normalize_reward(rewards)
+            observations, following = (
+                flat(normaliser.normalize_obs(o)) for o in (observations, following)
+            )
         return Transitions(
-            self.observations[rows[:, 0], env],
+            observations,
             self.actions[rows[:, 0], env],
-            np.einsum("bn,bn->b", weights, normalise_rewards(self.rewards[rows, env[:, None]])),
+            np.einsum("bn,bn->b", weights, rewards),
             np.einsum("bn,bn->b", weights, self.costs[rows, env[:, None]]),
-            self.next_observations[last_row, env],
+            following,
             (gamma ** (last + 1.0) * going).astype(np.float32),
         )
 
@@ -114,13 +133,14 @@ class CostReplay:
         return arrays | {"position": self.position, "stored": self.stored}
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
-        """Raises ValueError if the state comes from another number of environments or a larger
-        buffer.
+        """Restore a ``state_dict``.
+
+        Raises UserError if it comes from another number of environments or a larger buffer.
         """
-        if state["stored"] > self.rows or state["rewards"].shape[1] != self.n_envs:
-            raise ValueError(
-                f"replay: saved {tuple(state['rewards'].shape)} (steps, environments), this buffer holds "
-                f"{(self.rows, self.n_envs)}"
+        saved, holds = tuple(state["rewards"].shape), (self.rows, self.n_envs)
+        if state["stored"] > self.rows or saved[1] != self.n_envs:
+            raise UserError(
+                f"replay: saved {saved} (steps, environments), this buffer holds {holds}"
             )
         for name in FIELDS:
             getattr(self, name)[: state["stored"]] = state[name].numpy()

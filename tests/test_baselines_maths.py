@@ -95,9 +95,9 @@ def test_multiplier_adam_by_hand():
     """First Adam step is lr * sign(excess) (bias corrections cancel): 0.1 + 0.05 for a violation,
     projected at 0 below.
     """
-    up = projected_adam_ascent(Multipliers.start(0.1, 1), [3.0], lr=0.05)
+    up = projected_adam_ascent(Multipliers.start([0.1]), [3.0], lr=0.05)
     assert up.value == pytest.approx([0.15], abs=1e-9)
-    down = projected_adam_ascent(Multipliers.start(0.01, 1), [-3.0], lr=0.05)
+    down = projected_adam_ascent(Multipliers.start([0.01]), [-3.0], lr=0.05)
     assert down.value == pytest.approx([0.0])
     # Second step by hand: m = 0.9*0.3 + 0.1*1 = 0.37, v = 0.999*0.009 + 0.001*1 = 0.009991
     twice = projected_adam_ascent(up, [1.0], lr=0.05)
@@ -109,7 +109,7 @@ def test_multiplier_does_not_wind_up():
     """After a long feasible time a violation must raise the multiplier at once; a wound-up moment
     would hold it at 0.
     """
-    state = Multipliers.start(0.0, 1)
+    state = Multipliers.start([0.0])
     for _ in range(200):
         state = projected_adam_ascent(state, [-10.0], lr=0.05)
         assert state.value[0] == 0.0
@@ -118,7 +118,7 @@ def test_multiplier_does_not_wind_up():
 
 def test_multiplier_of_an_infinite_limit_is_zero():
     """cost_limit = inf must switch the constraint off, exactly, whatever the multiplier was."""
-    state = projected_adam_ascent(Multipliers.start(0.3, 2), [-np.inf, 1.0], lr=0.05)
+    state = projected_adam_ascent(Multipliers.start([0.3, 0.3]), [-np.inf, 1.0], lr=0.05)
     assert state.value[0] == 0.0
     assert state.value[1] == pytest.approx(0.35)
 
