@@ -142,8 +142,7 @@ def backup_value(task: BatchedTask) -> tuple[float, float]:
 
 
 def mpc_value(task: Any) -> tuple[float, float]:
-    """(mean stage cost, worst constraint value) of the regulation task's MPC, on the same starts.
-    """
+    """(mean stage cost, worst constraint value) of the regulation task's MPC, on the same starts."""
     state = task.sample_starts(1000, np.random.default_rng(np.random.SeedSequence([0, 2])))
     losses, worst = [], -np.inf
     for step in range(task.horizon):
