@@ -106,8 +106,8 @@ def _cell(task: str, seed: int, updates: int, rule: str) -> Cell:
 def _agent(cell: Cell) -> tuple[SCPO, Evaluate]:
     """(untrained agent, its constraints as a function)."""
     agent = make_agent(cell, make_training_env(cell))
-    constraints = agent.constraints
     assert isinstance(agent, SCPO)
+    constraints = agent.constraints
     assert isinstance(constraints, Exact)
     return agent, constraints.values
 

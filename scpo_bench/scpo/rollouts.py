@@ -12,7 +12,6 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from typing import Any, Protocol
 
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from scpo_bench.contract import BatchedTask, Floats, ProbeMeter
+from scpo_bench.errors import UserError
 from scpo_bench.scpo.spaces import ParameterSpace
 
 # Policies are evaluated in groups of about this many (policy, start) pairs: the working set then
@@ -77,19 +77,17 @@ class BatchedRollouts:
         )
 
     def __call__(self, w: Floats, streams: Sequence[int] = (0,)) -> Floats:
-        n = len(self._starts[0])
+        n, k = len(self._starts[0]), len(self.names)
         at_once = max(1, PAIRS_AT_ONCE // n) if self._space.vectorized else 1
+        smooth = []
         with torch.no_grad():
-            values = [self.constraint_values(part) for part in torch.as_tensor(w).split(at_once)]
-            worst = torch.cat([part.amax(dim=(1, 2)) for part in values])
-            y = torch.cat([self._smooth_maximum(part) for part in values]).numpy()
+            for part in torch.as_tensor(w).split(at_once):
+                values = self.constraint_values(part)
+                self._meter.violations += int((values.amax(dim=(1, 2)) > 0).sum())
+                smooth.append(torch.logsumexp(self._sharpness * values, dim=-1) / self._sharpness)
         self._meter.steps += len(w) * n * self._task.constraint_horizon * len(streams)
-        self._meter.violations += int((worst > 0).sum())
-        noise = [
-            np.random.default_rng([self._seed, stream]).normal(size=len(self.names))
-            for stream in streams
-        ]
-        return y[:, None] + self._noise_std * np.stack(noise)
+        noise = [np.random.default_rng([self._seed, stream]).normal(size=k) for stream in streams]
+        return torch.cat(smooth).numpy()[:, None] + self._noise_std * np.stack(noise)
 
     def constraint_values(self, w: Tensor) -> Tensor:
         """Every constraint value of every rollout of policies w [M, d]: [M, k, T * N]."""
@@ -107,32 +105,8 @@ class BatchedRollouts:
             state = following
         return torch.cat(values, dim=-1)
 
-    def _smooth_maximum(self, values: Tensor) -> Tensor:
-        """[M, k] of values [M, k, T * N]."""
-        if not self._space.vectorized:
-            v = values[0].T.contiguous().numpy()
-            worst = v.max(axis=0)
-            g = worst + np.log(np.exp(self._sharpness * (v - worst)).sum(axis=0)) / self._sharpness
-            return torch.as_tensor(g)[None]
-        return torch.logsumexp(self._sharpness * values, dim=-1) / self._sharpness
-
     def close(self) -> None:
         pass
-
-
-@dataclass(frozen=True)
-class Episode:
-    """The result of one episode.
-
-    worst: the largest signed constraint values [k], or None where the task has none.
-    """
-
-    steps: int
-    cost: float
-    worst: Floats | None
-
-
-Play = tuple[Floats, list[int]]  # (w [d], seeds of episodes)
 
 
 class EpisodeRollouts:
@@ -141,7 +115,7 @@ class EpisodeRollouts:
     y = (episode cost - cost_limit) / max(cost_limit, 1), constraint "cost"; where cost_limit is 0,
     the largest signed constraint values of the episode (``info["constraint_values"]``). With
     ``workers`` > 1 that many processes play them; the result does not depend on it.
-    Raises ValueError if cost_limit is 0 and the task has no signed values: then there is no room in
+    Raises UserError if cost_limit is 0 and the task has no signed values: then there is no room in
     which to take a step.
     """
 
@@ -156,121 +130,110 @@ class EpisodeRollouts:
         workers: int,
         meter: ProbeMeter,
     ) -> None:
-        self._make_env, self._space, self._meter = make_env, space, meter
-        self._cost_limit, self._seed, self._workers = cost_limit, seed, workers
-        self._local: _Worker | None = None
+        self._seed, self._workers, self._meter = seed, workers, meter
+        self._episodes = _Episodes(make_env, space, cost_limit)
         self._pool: ProcessPoolExecutor | None = None
-        self.names = self._constraint_names()
+        self.names = self._episodes.constraint_names()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Environments and processes are created anew.
-        return {**self.__dict__, "_local": None, "_pool": None}
+        return {**self.__dict__, "_pool": None}  # processes are started anew
 
-    def _here(self) -> _Worker:
-        if self._local is None:
-            self._local = _Worker(self._make_env, self._space)
-        return self._local
+    def __call__(self, w: Floats, streams: Sequence[int]) -> Floats:
+        roots = [np.random.SeedSequence([self._seed, stream]) for stream in streams]
+        seeds = [int(root.generate_state(1)[0]) for root in roots]
+        # Of a single policy, half as many at once: two processes then have something to share.
+        size = ROWS if len(w) > 1 else ROWS // 2
+        groups = [seeds[first : first + size] for first in range(0, len(seeds), size)]
+        rows, seeds_of = zip(*((row, group) for row in w for group in groups))
+        if self._workers == 1:
+            played = list(map(self._episodes.play, rows, seeds_of))
+        else:
+            if self._pool is None:
+                source = cloudpickle.dumps(self._episodes)
+                self._pool = ProcessPoolExecutor(
+                    self._workers, get_context("forkserver"), _start_worker, (source,)
+                )
+            played = list(self._pool.map(_play, rows, seeds_of))
+        y = np.concatenate([values for values, _ in played])
+        self._meter.steps += sum(steps for _, steps in played)
+        self._meter.violations += int((y > 0).any(axis=1).sum())
+        return y.reshape(len(w), len(streams), -1)
 
-    def _constraint_names(self) -> tuple[str, ...]:
+    def close(self) -> None:
+        self._episodes.close()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+class _Episodes:
+    """One process's environments, and the policies that act in them."""
+
+    def __init__(
+        self, make_env: Callable[[], gym.Env[Any, Any]], space: ParameterSpace, cost_limit: float
+    ) -> None:
+        self._make_env, self._space, self._cost_limit = make_env, space, cost_limit
+        self._envs: list[gym.Env[Any, Any]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_envs": []}  # environments are created anew
+
+    def _env(self, i: int) -> gym.Env[Any, Any]:
+        while len(self._envs) <= i:
+            self._envs.append(self._make_env())
+        return self._envs[i]
+
+    def constraint_names(self) -> tuple[str, ...]:
         if self._cost_limit > 0:
             return ("cost",)
-        env = self._here().env(0)
+        env = self._env(0)
         env.reset(seed=0)
         info = env.step(env.action_space.sample() * 0)[-1]
         if "constraint_values" not in info:
-            raise ValueError(
+            raise UserError(
                 "SCPO: cost_limit 0 leaves no room to step in on a task without "
                 "info['constraint_values']; give cost_limit > 0"
             )
         return tuple(f"constraint_{i}" for i in range(len(info["constraint_values"])))
 
-    def __call__(self, w: Floats, streams: Sequence[int]) -> Floats:
-        seeds = [
-            int(np.random.SeedSequence([self._seed, stream]).generate_state(1)[0])
-            for stream in streams
-        ]
-        # Of a single policy, half as many at once: two processes then have something to share.
-        size = ROWS if len(w) > 1 else ROWS // 2
-        plays = [
-            (row, seeds[first : first + size]) for row in w for first in range(0, len(seeds), size)
-        ]
-        if self._workers > 1:
-            if self._pool is None:
-                source = cloudpickle.dumps((self._make_env, self._space))
-                self._pool = ProcessPoolExecutor(
-                    self._workers, get_context("forkserver"), _start_worker, (source,)
-                )
-            played = list(self._pool.map(_play, plays))
-        else:
-            played = [self._here().play(play) for play in plays]
-        episodes = [episode for group in played for episode in group]
-        y = np.array([self._values(episode) for episode in episodes])
-        self._meter.steps += sum(episode.steps for episode in episodes)
-        self._meter.violations += int((y > 0).any(axis=1).sum())
-        return y.reshape(len(w), len(streams), -1)
-
-    def _values(self, episode: Episode) -> Any:
-        if self._cost_limit > 0:
-            return [(episode.cost - self._cost_limit) / max(self._cost_limit, 1.0)]
-        return episode.worst
-
-    def close(self) -> None:
-        if self._local is not None:
-            self._local.close()
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-
-
-class _Worker:
-    """One process's environments, and the policies that act in them."""
-
-    def __init__(self, make_env: Callable[[], gym.Env[Any, Any]], space: ParameterSpace) -> None:
-        self._make_env, self._space = make_env, space
-        self._envs: list[gym.Env[Any, Any]] = []
-
-    def env(self, i: int) -> gym.Env[Any, Any]:
-        while len(self._envs) <= i:
-            self._envs.append(self._make_env())
-        return self._envs[i]
-
-    def play(self, play: Play) -> list[Episode]:
-        """Its episodes, side by side: one prediction serves them all."""
-        w, seeds = play
+    def play(self, w: Floats, seeds: Sequence[int]) -> tuple[Floats, int]:
+        """(y [n, k], steps) of n episodes of policy w [d], side by side."""
         act = self._space.policies(torch.as_tensor(w)[None])
-        envs = [self.env(i) for i in range(len(seeds))]
+        envs = [self._env(i) for i in range(len(seeds))]
         starts = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)]
         observations = np.zeros((ROWS, *starts[0].shape), starts[0].dtype)
         observations[: len(starts)] = starts
-        steps, costs = [0] * len(seeds), [0.0] * len(seeds)
-        worst: list[Any] = [None] * len(seeds)
+        costs: list[list[float]] = [[] for _ in envs]
+        values: list[list[Floats]] = [[] for _ in envs]
         running = list(range(len(seeds)))
         while running:
             actions = act(torch.as_tensor(observations)[None])[0].numpy()
             for i in tuple(running):
                 observations[i], _, terminated, truncated, info = envs[i].step(actions[i])
-                steps[i] += 1
-                costs[i] += info["cost"]
-                if "constraint_values" in info:
-                    values = np.array(info["constraint_values"])
-                    worst[i] = values if worst[i] is None else np.maximum(worst[i], values)
+                costs[i].append(info["cost"])
+                if self._cost_limit == 0:
+                    values[i].append(np.array(info["constraint_values"]))
                 if terminated or truncated:
                     running.remove(i)
-        return [Episode(n, float(cost), most) for n, cost, most in zip(steps, costs, worst)]
+        steps = sum(map(len, costs))
+        if self._cost_limit == 0:
+            return np.stack([np.max(episode, axis=0) for episode in values]), steps
+        totals = np.array([[sum(episode)] for episode in costs])
+        return (totals - self._cost_limit) / max(self._cost_limit, 1.0), steps
 
     def close(self) -> None:
         for env in self._envs:
             env.close()
 
 
-_worker: _Worker | None = None  # of a worker process
+_episodes: _Episodes | None = None  # of a worker process
 
 
 def _start_worker(source: bytes) -> None:
-    global _worker
+    global _episodes
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    _worker = _Worker(*cloudpickle.loads(source))
+    _episodes = cloudpickle.loads(source)
 
 
 def _end_with_parent() -> None:
@@ -281,6 +244,6 @@ def _end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _play(play: Play) -> list[Episode]:
-    assert _worker is not None
-    return _worker.play(play)
+def _play(w: Floats, seeds: Sequence[int]) -> tuple[Floats, int]:
+    assert _episodes is not None
+    return _episodes.play(w, seeds)
