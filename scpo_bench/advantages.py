@@ -44,19 +44,18 @@ def generalised_advantages(
     gamma: ArrayLike,
     lam: ArrayLike,
 ) -> NDArray[np.float64]:
-    """GAE: delta_t = r_t + gamma V(s_{t+1}) - V(s_t);  A_t = delta_t + gamma lam (1 - end_t)
-    A_{t+1}.
+    """Generalised advantage estimates A_t = delta_t + gamma lam (1 - end_t) A_{t+1}.
 
-    rewards, values, next_values: [..., T, N] (leading axes: several signals at once); ends: [T, N],
-    True at an episode's last step, terminated or truncated alike: the difference is in
-    ``next_values`` (see there).
-    gamma, lam: scalars, or arrays that broadcast against [...]. Source: Schulman et al. 2016, arXiv
-    1506.02438, eq. 16.
+    delta_t = r_t + gamma V(s_{t+1}) - V(s_t). rewards, values, next_values: [..., T, N] (leading
+    axes: several signals at once); ends: [T, N], True at an episode's last step, terminated or
+    truncated alike: the difference is in ``next_values`` (see there). gamma, lam: scalars, or
+    arrays that broadcast against [...].
+    Source: Schulman et al. 2016, arXiv 1506.02438, eq. 16.
     """
     gamma, lam = np.asarray(gamma)[..., None], np.asarray(lam)[..., None]
     advantages = rewards_TN + gamma[..., None] * next_values_TN - values_TN
     carry = gamma * lam
-    going_TN = ~ends_TN
+    inside_TN = ~ends_TN
     for t in range(advantages.shape[-2] - 2, -1, -1):
-        advantages[..., t, :] += carry * going_TN[t] * advantages[..., t + 1, :]
+        advantages[..., t, :] += carry * inside_TN[t] * advantages[..., t + 1, :]
     return advantages

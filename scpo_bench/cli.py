@@ -422,10 +422,12 @@ def falsify(
     """
     from rich.progress import Progress
 
+    from scpo_bench.checks import counterexample
     from scpo_bench.checks import falsify as search
+    from scpo_bench.checks.falsify_figure import draw
 
     if replay is not None:
-        found = search.load(replay)
+        found = counterexample.load(replay)
         bound, realised = search.replay(found)
         for name, a, b in zip(
             ("bound", "realised"), (found.bound, found.realised), (bound, realised)
@@ -454,11 +456,11 @@ def falsify(
             f"the agent, certified mode, {rule} L: {breaches} breaches in {of} updates, {100 * breaches / max(of, 1):.1f} %"
         )
     name = "".join(c if c.isalnum() or c in "-_." else "." for c in task)
-    search.draw(report, output / f"{name}.png")
+    draw(report, output / f"{name}.png")
     typer.echo(f"figure: {output / f'{name}.png'}")
     if report.counterexample is not None:
         path = output / f"{name}.json"
-        search.save(report.counterexample, path)
+        counterexample.save(report.counterexample, path)
         found = report.counterexample
         typer.echo(
             f"smallest counterexample: |step| {found.step_norm:.3g}, exceeds its bound by {found.excess:.3g}, factor "

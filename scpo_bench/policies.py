@@ -1,5 +1,6 @@
-"""Policies that start exactly at a given backup controller: action mean = backup(obs) +
-residual(obs), residual = 0.
+"""Policies that start exactly at a given backup controller.
+
+Action mean = backup(obs) + residual(obs), with residual = 0 at the start.
 """
 
 from __future__ import annotations
@@ -18,28 +19,26 @@ class AffineBackup(nn.Module):
     gain: [action_dim, obs_dim]; offset: [action_dim]. Both are buffers: never trained.
     """
 
-    def __init__(self, gain: Any, offset: Any = None) -> None:
+    gain: torch.Tensor
+    offset: torch.Tensor
+
+    def __init__(self, gain: Any, offset: Any = 0.0) -> None:
         super().__init__()
-        gain_t = torch.as_tensor(gain, dtype=torch.float32)
-        offset_t = (
-            torch.zeros(gain_t.shape[0])
-            if offset is None
-            else torch.as_tensor(offset, dtype=torch.float32)
-        )
-        self.register_buffer("gain", gain_t)
-        self.register_buffer("offset", offset_t)
+        self.register_buffer("gain", torch.as_tensor(gain, dtype=torch.float32))
+        constant = torch.as_tensor(offset, dtype=torch.float32)
+        self.register_buffer("offset", constant.expand(len(self.gain)).clone())
 
     def forward(self, observations: torch.Tensor) -> torch.Tensor:
-        return observations @ self.gain.T + self.offset  # type: ignore[operator]
+        return observations @ self.gain.T + self.offset
 
 
 class _WithBackup(nn.Module):
-    """The policy's feature network, which hands the backup's action on beside the latent features.
-    """
+    """The policy's feature network; the backup's action is appended to the latent features."""
 
     def __init__(self, extractor: nn.Module, backup: nn.Module) -> None:
         super().__init__()
-        self.extractor, self.backup = extractor, backup
+        self.extractor: Any = extractor
+        self.backup = backup
         self.latent_dim_pi, self.latent_dim_vf = extractor.latent_dim_pi, extractor.latent_dim_vf
 
     def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,16 +47,16 @@ class _WithBackup(nn.Module):
     def forward_actor(self, features: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             action = self.backup(features)
-        return torch.cat([self.extractor.forward_actor(features), action], dim=-1)  # type: ignore[operator]
+        return torch.cat([self.extractor.forward_actor(features), action], dim=-1)
 
     def forward_critic(self, features: torch.Tensor) -> torch.Tensor:
-        return self.extractor.forward_critic(features)  # type: ignore[operator]
+        return self.extractor.forward_critic(features)
 
 
 class ResidualHead(nn.Module):
-    """Last layer:
+    """Last layer: backup action + linear(latent), from both side by side.
 
-    [latent, backup action] -> backup action + linear(latent), the linear layer starting at zero.
+    The linear layer starts at zero.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -72,14 +71,12 @@ class ResidualHead(nn.Module):
 
 
 class BackupActorCriticPolicy(ActorCriticPolicy):
-    """SB3's actor-critic policy whose mean action starts exactly at ``backup`` (``start: backup``
-    of a suite).
+    """SB3's actor-critic policy whose mean action starts exactly at ``backup``.
 
     backup: module mapping observations [B, obs_dim] to actions [B, action_dim] in the environment's
-    own units. The sum is
-    not squashed: SB3 clips actions to the action space where they are applied, so the mean is
-    linear in the last layer. Use it with raw observations (no ``VecNormalize`` on observations):
-    the backup is a function of the true state.
+    own units. The sum is not squashed: SB3 clips actions to the action space where they are
+    applied, so the mean is linear in the last layer. Use it with raw observations (no
+    ``VecNormalize`` on observations): the backup is a function of the true state.
     """
 
     def __init__(
@@ -90,12 +87,12 @@ class BackupActorCriticPolicy(ActorCriticPolicy):
         *,
         backup: nn.Module,
         **kwargs: Any,
-    ):
+    ) -> None:
         super().__init__(observation_space, action_space, lr_schedule, **kwargs)
         if not isinstance(self.features_extractor, FlattenExtractor):
             raise ValueError("policy_kwargs.backup: needs flat observations (FlattenExtractor)")
         assert isinstance(self.action_net, nn.Linear)
-        # Both modules are wrapped around the ones the optimiser already holds, so its parameter
-        # list stays valid.
+        # Both modules are wrapped around the ones that the optimiser already holds, so its
+        # parameter list stays valid.
         self.action_net = ResidualHead(self.action_net)
         self.mlp_extractor = _WithBackup(self.mlp_extractor, backup)  # type: ignore[assignment]

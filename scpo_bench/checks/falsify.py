@@ -1,31 +1,33 @@
-"""The instrument that would prove SCPO's certificate wrong: a search for certified updates that
-exceed their bound.
+"""Tries to prove SCPO's certificate wrong: a search for certified updates that exceed their bound.
 
 For every policy visited in training, the update is certified again with other smoothness constants,
-probe radii and directions, and looked at. A breach with a valid L would falsify the guarantee;
+probe radii and directions, and evaluated. A breach with a valid L would falsify the guarantee;
 breaches with an understated one show that the search can find them.
 """
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from stable_baselines3.common.callbacks import BaseCallback
 
+from scpo_bench.checks.counterexample import Counterexample, Evaluate, Setting, certify, smallest
 from scpo_bench.checks.known_functions import KnownFunctions
+from scpo_bench.contract import Floats
 from scpo_bench.errors import UserError, nearest
-from scpo_bench.records.files import write_atomically
 from scpo_bench.records.schema import Cell
+from scpo_bench.runs.harness import make_agent, make_training_env
+from scpo_bench.scpo.agent import SCPO
+from scpo_bench.scpo.constraints import Constraints, Exact
 from scpo_bench.scpo.directions import DirectionMemory, probe_basis
-from scpo_bench.scpo.guard import Guard, GuardConfig
-from scpo_bench.scpo.projection import Certificate, Floats, project
-from scpo_bench.scpo.smoothness import second_differences
+from scpo_bench.scpo.guard import Decision, Guard, GuardConfig
+from scpo_bench.suites.cells import cells, get_suite
 from scpo_bench.suites.registry import tasks
+from scpo_bench.suites.schema import default_file, load_benchmarks
 
 KNOWN = "known-smoothness"
 KNOWN_DIMENSIONS = (2, 10, 50)  # one after the other, seed by seed
@@ -33,77 +35,56 @@ FACTORS = tuple(2.0**e for e in range(-7, 3))
 RADII = (1e-4, 1e-3, 1e-2)
 DIRECTIONS = ("remembered", "random")
 RULES = ("sampled", "adaptive")
-FORMAT = 1
-MAX_COUNTEREXAMPLE_BYTES = 16 << 20
-# realised values this far above their bound are not called a breach: g itself is computed in
-# floating point
-ROUNDING = 1e-9
 
 
-@dataclass(frozen=True)
-class Setting:
-    """How an update was certified. factor: on L, which is the known one, or what second differences
-    along the probes show.
-    """
+class Visit(NamedTuple):
+    """What an update of training started from."""
 
-    factor: float
-    radius: float
-    directions: str
-
-
-@dataclass(frozen=True)
-class Counterexample:
-    """Everything that repeats a breach: certify at w [d] along ``basis`` [d, m], project
-    ``proposal`` [d], look.
-    """
-
-    task: str
-    seed: int
     update: int
-    setting: Setting
-    w: list[float]
-    basis: list[list[float]]
-    proposal: list[float]
-    L: list[float]
-    trust_radius: float
-    step_norm: float
-    bound: list[float]
-    realised: list[float]
-
-    @property
-    def excess(self) -> float:
-        return float(np.max(np.subtract(self.realised, self.bound)))
+    w: Floats
+    proposal: Floats
+    memory: DirectionMemory
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is examined: constraints g, and the (update, w, proposal, memory) visited.
-
-    L: [k] where it is known.
-    """
+    """What is examined: constraints g, and what training visited. L: where it is known."""
 
     task: str
     seed: int
-    names: tuple[str, ...]
-    evaluate: Callable[[Floats], Floats]
-    visits: Sequence[tuple[int, Floats, Floats, DirectionMemory]]
+    evaluate: Evaluate
+    visits: Sequence[Visit]
     directions: int
     trust_radius: float
-    L: Floats | None
+    L: float | None
 
 
-def task_cell(task: str, seed: int, updates: int, rule: str) -> Cell:
-    """SCPO in ``certified`` mode on one of the paper's tasks, with the settings that suite
-    ``quick`` gives it there.
-    """
-    from scpo_bench.suites.cells import cells, get_suite
-    from scpo_bench.suites.schema import default_file, load_benchmarks
+class _WatchingGuard(Guard):
+    """Keeps what every update started from."""
 
-    suite = get_suite(load_benchmarks(default_file()), "quick")
-    cell = cells(suite, ["scpo"], [task], 1)[0]
-    per_update = cell.num_envs * int(cell.config.get("n_steps", 30))
-    config = {**cell.config, "mode": "certified", "smoothness": rule}
-    return cell.model_copy(update={"seed": seed, "steps": updates * per_update, "config": config})
+    def __init__(self, config: GuardConfig) -> None:
+        super().__init__(config)
+        self.visits: list[Visit] = []
+
+    def update(
+        self,
+        w: Floats,
+        propose: Callable[[], Floats],
+        constraints: Constraints,
+        rng: np.random.Generator,
+        cost_gradients: Sequence[Floats] = (),
+    ) -> Decision:
+        memory = self.memory or DirectionMemory.empty(len(constraints.names), len(w))
+
+        def watched() -> Floats:
+            proposal = propose()
+            self.visits.append(Visit(self.updates, w, proposal, memory))
+            return proposal
+
+        return super().update(w, watched, constraints, rng, cost_gradients)
+
+
+# ---- subjects
 
 
 def check_task(task: str) -> None:
@@ -113,43 +94,22 @@ def check_task(task: str) -> None:
         raise UserError(f"--task: cannot falsify on '{task}'{nearest(task, known)}")
 
 
-class _WatchingGuard(Guard):
-    """Keeps what every update started from."""
-
-    def __init__(self, config: GuardConfig) -> None:
-        super().__init__(config)
-        self.visits: list[tuple[int, Floats, Floats, DirectionMemory]] = []
-
-    def step(
-        self,
-        w: Floats,
-        proposal: Floats,
-        constraints: Any,
-        rng: Any,
-        cost_gradients: Sequence[Floats] = (),
-    ) -> Floats:
-        memory = self._memory or DirectionMemory.empty(len(constraints.names), len(w))
-        self.visits.append((self.updates, w, proposal, memory))
-        return super().step(w, proposal, constraints, rng, cost_gradients)
+def _cell(task: str, seed: int, updates: int, rule: str) -> Cell:
+    """SCPO in ``certified`` mode, with the settings that suite ``quick`` gives it on the task."""
+    suite = get_suite(load_benchmarks(default_file()), "quick")
+    cell = cells(suite, ["scpo"], [task], 1)[0]
+    per_update = cell.num_envs * int(cell.config.get("n_steps", 30))
+    config = {**cell.config, "mode": "certified", "smoothness": rule}
+    return cell.model_copy(update={"seed": seed, "steps": updates * per_update, "config": config})
 
 
-def train(cell: Cell, progress: Callable[[int], None]) -> tuple[Any, _WatchingGuard]:
-    """(agent, its guard) after training; progress is told the updates done."""
-    from stable_baselines3.common.callbacks import BaseCallback
-
-    from scpo_bench.runs.harness import make_agent, make_training_env
-
-    class Watch(BaseCallback):
-        def _on_step(self) -> bool:
-            return True
-
-        def _on_rollout_start(self) -> None:
-            progress(self.model.guard.updates)  # type: ignore[attr-defined]
-
+def _agent(cell: Cell) -> tuple[SCPO, Evaluate]:
+    """(untrained agent, its constraints as a function)."""
     agent = make_agent(cell, make_training_env(cell))
-    agent.guard = _WatchingGuard(agent.config)
-    agent.learn(cell.steps, Watch())
-    return agent, agent.guard
+    assert isinstance(agent, SCPO)
+    constraints = agent.constraints
+    assert isinstance(constraints, Exact)
+    return agent, constraints.values
 
 
 def known_subject(seed: int, updates: int) -> Subject:
@@ -157,147 +117,129 @@ def known_subject(seed: int, updates: int) -> Subject:
     rng = np.random.default_rng(np.random.SeedSequence(seed))
     d = KNOWN_DIMENSIONS[seed % len(KNOWN_DIMENSIONS)]
     functions = KnownFunctions(d, 3, rng)
-    w, memory = np.zeros(d), DirectionMemory.empty(3, d)
-    visits = []
-    for update in range(1, updates + 1):
-        proposal = rng.normal(size=d)
-        visits.append((update, w, proposal, memory))
-        basis = probe_basis(
-            proposal, memory.candidates(w, ("normals", "momentum", "start"), ()), min(8, d), rng
+    config = GuardConfig(
+        mode="certified",
+        smoothness="apriori",
+        L=functions.L,
+        directions=min(8, d),
+        probe_radius=RADII[0],
+        trust_radius=2.0,
+    )
+    guard, w = _WatchingGuard(config), np.zeros(d)
+    for _ in range(updates):
+        decision = guard.update(
+            w, lambda: rng.normal(size=d), Exact(functions.names, functions), rng
         )
-        g, slopes, _ = _probe(functions, w, basis, RADII[0])
-        z = project(
-            Certificate(g, slopes, 0.5 * functions.L * RADII[0], functions.L),
-            basis.T @ proposal,
-            2.0,
-        ).z
-        w, memory = w + basis @ z, memory.seen(basis, slopes, z)
-    return Subject(KNOWN, seed, functions.names, functions, visits, min(8, d), 2.0, functions.L)
+        w = decision.w
+    return Subject(KNOWN, seed, functions, guard.visits, config.directions, 2.0, functions.L)
 
 
-def _probe(
-    evaluate: Callable[[Floats], Floats], w: Floats, basis: Floats, radius: float
-) -> tuple[Floats, Floats, Floats]:
-    """(g [k], slopes [k, m] by central differences, second differences [k])."""
-    values = evaluate(np.concatenate([w[None], w + radius * basis.T, w - radius * basis.T]))
-    m = basis.shape[1]
-    g, plus, minus = values[0], values[1 : m + 1], values[m + 1 :]
-    return g, (plus - minus).T / (2 * radius), second_differences(g, plus, minus, radius)
+def _subjects(
+    task: str,
+    seed: int,
+    updates: int,
+    rules: dict[str, tuple[int, int]],
+    progress: Callable[[str, int, int], None],
+) -> Iterator[Subject]:
+    """What to examine on ``task``; adds the breaches of training to ``rules``."""
+    if task == KNOWN:
+        yield known_subject(seed, updates)
+        return
+    for rule in RULES:
+        cell = _cell(task, seed, updates, rule)
+        agent, evaluate = _agent(cell)
+        agent.guard = guard = _WatchingGuard(agent.config)
+
+        class Watch(BaseCallback):
+            def _on_step(self) -> bool:
+                return True
+
+            def _on_rollout_start(self, rule: str = rule, guard: Guard = guard) -> None:
+                what = f"seed {seed}: training, {rule} smoothness"
+                progress(what, guard.updates, updates)
+
+        agent.learn(cell.steps, Watch())
+        breaches, certified = rules.get(rule, (0, 0))
+        rules[rule] = breaches + guard.breaches, certified + guard.updates - guard.recoveries
+        if rule == RULES[-1]:
+            visits = guard.visits[:: max(1, len(guard.visits) // 8)]
+            config = agent.config
+            yield Subject(
+                task, seed, evaluate, visits, config.directions, config.trust_radius, None
+            )
 
 
-def _certified_step(
-    evaluate: Callable[[Floats], Floats],
-    w: Floats,
-    basis: Floats,
-    proposal: Floats,
-    radius: float,
-    L: Floats,
-    trust: float,
-) -> tuple[Floats, Floats, Floats]:
-    """(z, bound, realised) of one certified update."""
-    g, slopes, _ = _probe(evaluate, w, basis, radius)
-    result = project(Certificate(g, slopes, 0.5 * L * radius, L), basis.T @ proposal, trust)
-    return result.z, result.bound, evaluate((w + basis @ result.z)[None])[0]
+# ---- the search
 
 
-def examine(subject: Subject) -> Iterator[tuple[Setting, bool, Counterexample | None]]:
-    """Every visit, certified with every setting:
+def examine(subject: Subject) -> Iterator[tuple[Setting, Counterexample | None]]:
+    """Every visit, certified with every setting: (setting, counterexample if it breached).
 
-    (setting, breached, counterexample if so). Steps of length 0 are left out.
+    Steps of length 0 are left out.
     """
     rng = np.random.default_rng(np.random.SeedSequence([subject.seed, 1]))
+
+    def constants(curvature: Floats) -> list[Floats]:
+        base = curvature if subject.L is None else np.full_like(curvature, subject.L)
+        return [factor * base for factor in FACTORS]
+
     for update, w, proposal, memory in subject.visits:
         # A complete basis leaves nothing to choose.
         for directions in DIRECTIONS if subject.directions < len(w) else ("all",):
-            remembered = (
-                memory.candidates(w, ("normals", "momentum", "start"), ())
-                if directions == "remembered"
-                else []
-            )
-            basis = probe_basis(proposal, remembered, subject.directions, rng)
+            remembered = memory.candidates(w, ("normals", "momentum", "start"), ())
+            known = remembered if directions == "remembered" else []
+            basis = probe_basis(proposal, known, subject.directions, rng)
             for radius in RADII:
-                g, slopes, curvature = _probe(subject.evaluate, w, basis, radius)
-                if (g > 0).any():
-                    continue  # nothing is certified from an unsafe policy
-                base = curvature if subject.L is None else subject.L
-                steps, bounds = [], []
-                for factor in FACTORS:
-                    L = factor * base
-                    result = project(
-                        Certificate(g, slopes, 0.5 * L * radius, L),
-                        basis.T @ proposal,
-                        subject.trust_radius,
-                    )
-                    steps.append(result.z)
-                    bounds.append(result.bound)
-                realised = subject.evaluate(w + np.stack(steps) @ basis.T)
-                for factor, z, bound, seen in zip(FACTORS, steps, bounds, realised):
-                    if not z.any():
+                steps = certify(
+                    subject.evaluate, w, basis, proposal, radius, subject.trust_radius, constants
+                )
+                for factor, step in zip(FACTORS, steps):
+                    if not step.z.any():
                         continue
-                    setting = Setting(factor, radius, directions)
-                    if not (seen > bound + ROUNDING).any():
-                        yield setting, False, None
-                        continue
-                    yield (
-                        setting,
-                        True,
-                        Counterexample(
-                            subject.task,
-                            subject.seed,
-                            update,
-                            setting,
-                            w.tolist(),
-                            basis.tolist(),
-                            proposal.tolist(),
-                            (factor * base).tolist(),
-                            subject.trust_radius,
-                            float(np.linalg.norm(z)),
-                            bound.tolist(),
-                            seen.tolist(),
-                        ),
-                    )
-
-
-def smallest(subject: Subject, found: Counterexample) -> Counterexample:
-    """``found`` with its proposal halved for as long as it still breaches."""
-    w, basis, L = np.array(found.w), np.array(found.basis), np.array(found.L)
-    best = found
-    for _ in range(20):
-        proposal = np.array(best.proposal) / 2
-        z, bound, realised = _certified_step(
-            subject.evaluate, w, basis, proposal, found.setting.radius, L, found.trust_radius
-        )
-        if not (realised > bound + ROUNDING).any():
-            return best
-        best = replace(
-            best,
-            proposal=proposal.tolist(),
-            step_norm=float(np.linalg.norm(z)),
-            bound=bound.tolist(),
-            realised=realised.tolist(),
-        )
-    return best
+                    setting = Setting(factor=factor, radius=radius, directions=directions)
+                    found = None
+                    if step.breached:
+                        found = Counterexample(
+                            task=subject.task,
+                            seed=subject.seed,
+                            update=update,
+                            setting=setting,
+                            w=w.tolist(),
+                            basis=basis.tolist(),
+                            proposal=proposal.tolist(),
+                            L=step.L.tolist(),
+                            trust_radius=subject.trust_radius,
+                            step_norm=float(np.linalg.norm(step.z)),
+                            bound=step.bound.tolist(),
+                            realised=step.realised.tolist(),
+                        )
+                    yield setting, found
 
 
 @dataclass(frozen=True)
 class Report:
-    """rates: setting -> (breaches, certified steps). rules: smoothness rule -> (breaches, updates),
-    of the agent as it trains.
+    """Breach rates.
+
+    rates: setting -> (breaches, certified steps). rules: smoothness rule -> (breaches, updates), of
+    the agent as it trains. counterexample: the shortest step that breached.
     """
 
     task: str
-    known: bool
     rates: dict[Setting, tuple[int, int]]
     rules: dict[str, tuple[int, int]]
     counterexample: Counterexample | None
-    """The shortest step that breached."""
+
+    @property
+    def known(self) -> bool:
+        """Whether the search knew L."""
+        return self.task == KNOWN
 
     def by_factor(self) -> dict[float, tuple[int, int]]:
-        total: dict[float, list[int]] = {factor: [0, 0] for factor in FACTORS}
+        totals = dict.fromkeys(FACTORS, (0, 0))
         for setting, (breaches, steps) in self.rates.items():
-            total[setting.factor][0] += breaches
-            total[setting.factor][1] += steps
-        return {factor: (breaches, steps) for factor, (breaches, steps) in total.items()}
+            before = totals[setting.factor]
+            totals[setting.factor] = before[0] + breaches, before[1] + steps
+        return totals
 
     @property
     def falsified(self) -> bool:
@@ -310,200 +252,39 @@ class Report:
 def falsify(
     task: str, seeds: int, updates: int, progress: Callable[[str, int, int], None]
 ) -> Report:
-    """Search on ``task``: progress is told (what, done, of).
+    """Search on ``task``; ``progress`` is called with (what, done, of).
 
-    UserError if there is no such task to search on.
+    Raises UserError if there is no such task to search on.
     """
     check_task(task)
-    rates: dict[Setting, list[int]] = defaultdict(lambda: [0, 0])
-    rules: dict[str, list[int]] = {} if task == KNOWN else {rule: [0, 0] for rule in RULES}
+    rates: dict[Setting, tuple[int, int]] = defaultdict(lambda: (0, 0))
+    rules: dict[str, tuple[int, int]] = {}
     shortest: Counterexample | None = None
     for seed in range(seeds):
         for subject in _subjects(task, seed, updates, rules, progress):
-            per_visit = len(DIRECTIONS) * len(RADII) * len(FACTORS)
-            for done, (setting, breached, found) in enumerate(examine(subject)):
-                rates[setting][0] += breached
-                rates[setting][1] += 1
+            total = len(subject.visits) * len(DIRECTIONS) * len(RADII) * len(FACTORS)
+            for done, (setting, found) in enumerate(examine(subject)):
+                breaches, steps = rates[setting]
+                rates[setting] = breaches + (found is not None), steps + 1
                 if found is not None and (shortest is None or found.step_norm < shortest.step_norm):
-                    shortest = smallest(subject, found)
-                progress(f"seed {seed}: certifying again", done, len(subject.visits) * per_visit)
-    plain = {setting: (b, n) for setting, (b, n) in rates.items()}
-    return Report(
-        task, task == KNOWN, plain, {rule: (b, n) for rule, (b, n) in rules.items()}, shortest
-    )
-
-
-def _subjects(
-    task: str,
-    seed: int,
-    updates: int,
-    rules: dict[str, list[int]],
-    progress: Callable[[str, int, int], None],
-) -> Iterator[Subject]:
-    if task == KNOWN:
-        yield known_subject(seed, updates)
-        return
-    for rule in RULES:
-        cell = task_cell(task, seed, updates, rule)
-
-        def show(done: int, what: str = f"seed {seed}: training, {rule} smoothness") -> None:
-            progress(what, done, updates)
-
-        agent, guard = train(cell, show)
-        rules[rule][0] += guard.breaches
-        rules[rule][1] += guard.updates - guard.recoveries
-        if rule == RULES[-1]:
-            every = max(1, len(guard.visits) // 8)
-            yield Subject(
-                task,
-                seed,
-                agent.constraints.names,
-                lambda w, agent=agent: agent.evaluator(agent.space, w),  # type: ignore[misc]
-                guard.visits[::every],
-                agent.config.directions,
-                agent.config.trust_radius,
-                None,
-            )
-
-
-# ---- counterexamples
-# -------------------------------------------------------------------------------------------------------
-
-
-def save(found: Counterexample, path: Path) -> None:
-    """As JSON, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        path, json.dumps({"format": FORMAT, **asdict(found)}, allow_nan=False).encode()
-    )
-
-
-def load(path: Path) -> Counterexample:
-    """A saved counterexample, checked. UserError if the file is not one."""
-    try:
-        if path.stat().st_size > MAX_COUNTEREXAMPLE_BYTES:
-            raise UserError(
-                f"{path}: larger than {MAX_COUNTEREXAMPLE_BYTES >> 20} MiB, no counterexample is"
-            )
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{path}: expected JSON as `scpo-bench falsify` writes it") from None
-    try:
-        if content.pop("format") != FORMAT:
-            raise UserError(f"{path}: format: expected {FORMAT}")
-        setting = Setting(**content.pop("setting"))
-        found = Counterexample(setting=setting, **content)
-        w, basis, proposal = (
-            np.array(v, dtype=np.float64) for v in (found.w, found.basis, found.proposal)
-        )
-        L, bound, realised = (
-            np.array(v, dtype=np.float64) for v in (found.L, found.bound, found.realised)
-        )
-        shapes_fit = (
-            basis.ndim == 2
-            and basis.shape[0] == len(w) == len(proposal)
-            and len(L) == len(bound) == len(realised)
-        )
-        numbers = [setting.radius, setting.factor, found.trust_radius, *L]
-        fits = (
-            shapes_fit
-            and all(np.isfinite(v).all() for v in (w, basis, proposal, L))
-            and min(numbers) >= 0
-            and setting.radius > 0
-        )
-        fits = (
-            fits and isinstance(found.seed, int) and isinstance(found.task, str) and found.seed >= 0
-        )
-    except UserError:
-        raise
-    except (TypeError, ValueError, KeyError, AttributeError):
-        fits = False
-    if not fits:
-        raise UserError(f"{path}: not a counterexample as `scpo-bench falsify` writes it")
-    check_task(found.task)
-    return found
+                    shortest = smallest(found, subject.evaluate)
+                progress(f"seed {seed}: certifying again", done, total)
+    return Report(task, dict(rates), rules, shortest)
 
 
 def replay(found: Counterexample) -> tuple[Floats, Floats]:
-    """(bound [k], realised [k]) of the counterexample's update, computed anew."""
+    """(bound [k], realised [k]) of the counterexample's update, computed again."""
+    check_task(found.task)
     if found.task == KNOWN:
-        subject = known_subject(found.seed, 0)
-        evaluate, dimension = subject.evaluate, KNOWN_DIMENSIONS[found.seed % len(KNOWN_DIMENSIONS)]
+        evaluate = known_subject(found.seed, 0).evaluate
+        dimension = KNOWN_DIMENSIONS[found.seed % len(KNOWN_DIMENSIONS)]
     else:
-        # Policies are coordinates in a space that the start policy defines; no training is needed
-        # to have it.
-        agent, _ = train(task_cell(found.task, found.seed, 1, RULES[-1]), lambda done: None)
-        evaluate, dimension = (lambda w: agent.evaluator(agent.space, w)), agent.space.dimension
+        # Policies are coordinates in a space that the start policy defines: no training is needed.
+        agent, evaluate = _agent(_cell(found.task, found.seed, 1, RULES[-1]))
+        dimension = agent.space.dimension
     if len(found.w) != dimension:
         raise UserError(
             f"counterexample: w: expected {dimension} numbers for {found.task}, got {len(found.w)}"
         )
-    _, bound, realised = _certified_step(
-        evaluate,
-        np.array(found.w),
-        np.array(found.basis),
-        np.array(found.proposal),
-        found.setting.radius,
-        np.array(found.L),
-        found.trust_radius,
-    )
-    return bound, realised
-
-
-# ---- the figure
-# ------------------------------------------------------------------------------------------------------------
-
-
-def draw(report: Report, path: Path) -> None:
-    """Breach rate against the factor on L, one line per probe radius and kind of directions."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from scpo_bench.leaderboard.plots import COLOURS, DASHES, STYLE
-
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7.6, 3.6), layout="constrained")
-        for i, radius in enumerate(RADII):
-            for j, directions in enumerate(("all", *DIRECTIONS)):
-                seen = [
-                    report.rates.get(Setting(factor, radius, directions), (0, 0))
-                    for factor in FACTORS
-                ]
-                if not any(steps for _, steps in seen):
-                    continue
-                points = [100 * breaches / steps if steps else np.nan for breaches, steps in seen]
-                label = f"{directions} directions, probes {radius:g}"
-                axes.plot(
-                    FACTORS,
-                    points,
-                    color=COLOURS[i],
-                    linestyle=DASHES[j],
-                    marker="o",
-                    markersize=3,
-                    label=label,
-                )
-        for i, (rule, (breaches, updates)) in enumerate(report.rules.items()):
-            rate = 100 * breaches / max(updates, 1)
-            axes.axhline(
-                rate,
-                color=COLOURS[5 + i],
-                linestyle=DASHES[2],
-                label=f"the agent, {rule} L: {rate:.1f} %",
-            )
-        axes.axvline(1.0, color="#888888", linewidth=0.8)
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(FACTORS, [f"{f:g}" if f >= 1 else f"1/{1 / f:g}" for f in FACTORS])
-        axes.set_ylim(-2, 102)
-        axes.set_xlabel(
-            "factor on " + ("the known L" if report.known else "L as sampled along the probes")
-        )
-        axes.set_ylabel("certified steps that breach, %")
-        axes.set_title(f"{report.task}: breaches of the certificate")
-        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-        plt.close(figure)
+    step = found.repeat(evaluate, np.array(found.proposal))
+    return step.bound, step.realised

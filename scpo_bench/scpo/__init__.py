@@ -1,7 +1,7 @@
-"""SCPO: project every first-order update into a locally certified safe region (Cao, Borrelli, Joa,
-arXiv 2512.13788).
+"""SCPO: project every first-order update into a locally certified safe region.
 
-Read in this order: ``projection`` (the certificate and the convex problem), ``smoothness`` (L),
-``probes`` (directions), ``parameters`` (the space that a step lives in), ``rollouts`` (g by
-rollouts), ``gradient_descent`` (the proposal), ``agent``.
+Source: Cao, Borrelli, Joa, arXiv 2512.13788. Read in this order: ``projection`` (the certificate
+and the convex problem), ``smoothness`` (L), ``directions`` (what is probed), ``guard`` (one
+update), ``constraints`` and ``rollouts`` (g), ``spaces`` (the parameters that a step changes), then
+what uses them: ``agent`` with the proposals of ``gradient_descent``, and ``wrap``.
 """

@@ -1,70 +1,109 @@
-"""What the guard looks at: constraints g(w) <= 0 as functions of the parameters, exact or estimated
-from noisy rollouts.
-"""
+"""Constraints g(w) <= 0 as functions of the parameters: exact, or estimated from noisy rollouts."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from scipy import stats
 
-from scpo_bench.scpo.projection import Floats
+from scpo_bench.configuration import require
+from scpo_bench.contract import Floats
+from scpo_bench.scpo.rollouts import Rollouts
 
 
 class Constraints(Protocol):
-    """names: [k]."""
+    """k constraints on parameters w [d]. names: of the constraints, k of them."""
 
     names: tuple[str, ...]
 
     def begin_update(self, update: int) -> bool:
-        """Take new noise, the same for all evaluations of this update.
+        """Draw new noise, the same for all evaluations of this update.
 
-        True if there is any: then g(w) has to be looked at again.
+        True if there is any: then the deployed policy has to be evaluated again.
         """
         ...
 
-    def look(self, w: Floats) -> Floats:
-        """[k]: g(w), w [d]; where g is noisy, an upper confidence bound on it."""
+    def evaluate(self, w: Floats) -> Floats:
+        """g(w) [k]; where g is noisy, an upper confidence bound on it."""
         ...
 
     def probe(self, w: Floats, g: Floats, probes: Floats) -> tuple[Floats, Floats]:
-        """(g at ``probes`` [M, d], half width of the confidence interval of its difference from
-        g(w)): both [M, k]. g: [k], at w.
+        """g at ``probes`` [M, d], and the half width of each difference's confidence interval.
+
+        The difference is the one from g [k], the values at w. Both results are [M, k].
         """
         ...
 
 
-class Exact:
-    """g is a function: ``evaluate`` maps w [M, d] to g [M, k]."""
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How constraints are evaluated by rollouts."""
 
-    def __init__(self, names: tuple[str, ...], evaluate: Callable[[Floats], Floats]) -> None:
+    sharpness: float = 100.0
+    """Batched tasks: sharpness of the log-sum-exp maximum over states and steps, per unit of
+    relative constraint value.
+    """
+    evaluation_starts: int = 512
+    """Batched tasks: start states of a constraint evaluation.
+
+    Too few leave gaps in which a policy that passes them all is unsafe: with 128 on the imitation
+    task, 2 of 11 runs deployed policies that violated from starts between the evaluated ones.
+    """
+    level: float = 0.05
+    """Noisy constraints: the probability with which an update may deploy an unsafe policy."""
+    rollouts: int = 8
+    """Noisy constraints: rollouts of the first evaluation of a policy, and of every probe."""
+    rollout_budget: int = 512
+    """Noisy constraints: rollouts of one policy at most."""
+
+    def __post_init__(self) -> None:
+        require(self, "sharpness", above=0)
+        require(self, "evaluation_starts", low=1)
+        require(self, "level", above=0, high=0.5)
+        require(self, "rollouts", low=2)
+        require(self, "rollout_budget", low=self.rollouts)
+
+
+def constraints_from(rollouts: Rollouts, config: RolloutConfig, retries: int) -> Constraints:
+    """The constraints that ``rollouts`` evaluate. retries: candidates per update, at most."""
+    if rollouts.exact:
+        return Exact(rollouts.names, lambda w: rollouts(w, (0,))[:, 0])
+    return Expected(
+        rollouts.names, rollouts, config.level, config.rollouts, config.rollout_budget, retries
+    )
+
+
+class Exact:
+    """g is a function: ``values`` maps w [M, d] to g [M, k]."""
+
+    def __init__(self, names: tuple[str, ...], values: Callable[[Floats], Floats]) -> None:
         self.names = names
-        self._evaluate = evaluate
+        self.values = values
 
     def begin_update(self, update: int) -> bool:
         return False
 
-    def look(self, w: Floats) -> Floats:
-        return self._evaluate(w[None])[0]
+    def evaluate(self, w: Floats) -> Floats:
+        return self.values(w[None])[0]
 
     def probe(self, w: Floats, g: Floats, probes: Floats) -> tuple[Floats, Floats]:
-        values = self._evaluate(probes)
+        values = self.values(probes)
         return values, np.zeros_like(values)
 
 
 class Expected:
-    """g(w) = E[y(w, noise)], estimated from rollouts; what is returned holds with confidence 1 -
-    ``level`` for a whole update.
+    """g(w) = E[y(w, noise)], estimated from rollouts, with confidence 1 - ``level`` per update.
 
     sample: (w [M, d], stream numbers [n]) -> y [M, n, k], one rollout per stream. Equal streams
     mean equal noise (common random numbers), so differences between policies are paired: the noise
     that both share cancels.
-    rollouts: of a first look, and of every probe; they are doubled until the decision is clear, up
-    to ``budget``.
-    looks: how many candidates an update may look at; the level is shared among them (Bonferroni),
-    the constraints, and the doublings.
+    rollouts: of a policy's first evaluation, and of every probe; they are doubled until the
+    decision is clear, up to ``budget``.
+    candidates: how many policies an update may evaluate beside its own. The level is shared among
+    them (Bonferroni), the constraints, and the doublings.
 
     The intervals are Student's: exact for normal noise, approximate otherwise.
     """
@@ -76,46 +115,42 @@ class Expected:
         level: float,
         rollouts: int,
         budget: int,
-        looks: int,
+        candidates: int,
     ) -> None:
         self.names = names
         self._sample = sample
         self._rollouts, self._budget = rollouts, budget
         doublings = 1 + max(0, int(np.ceil(np.log2(budget / rollouts))))
-        # One look at the policy itself, ``looks`` at candidates, one share for the slopes.
-        self._tail = level / ((looks + 2) * len(names) * doublings)
+        # One share for the policy itself, one for each candidate, one for the slopes.
+        self._tail = level / ((candidates + 2) * len(names) * doublings)
         self._first = 0  # the update's first stream
 
     def begin_update(self, update: int) -> bool:
         self._first = update * self._budget  # no update uses more
         return True
 
-    def _streams(self, start: int, stop: int) -> range:
-        return range(self._first + start, self._first + stop)
+    def _rollout(self, w: Floats, start: int, stop: int) -> Floats:
+        return self._sample(w, range(self._first + start, self._first + stop))
 
     def _half_width(self, y: Floats, tests: int = 1) -> Floats:
         """Of the one-sided confidence interval of the mean over axis -2 of y [..., n, k]."""
         n = y.shape[-2]
         return stats.t.ppf(1 - self._tail / tests, n - 1) * y.std(axis=-2, ddof=1) / np.sqrt(n)
 
-    def look(self, w: Floats) -> Floats:
-        y = self._sample(w[None], self._streams(0, self._rollouts))[0]
+    def evaluate(self, w: Floats) -> Floats:
+        y = self._rollout(w[None], 0, self._rollouts)[0]
         while True:
-            mean, half = y.mean(axis=0), self._half_width(y)
-            # Clear: unsafe for certain, or safe with the room to the limit known to within half of
-            # itself.
-            unsafe, safe = (
-                (mean - half > 0).any(),
-                (mean + half <= np.minimum(0.5 * mean, 0.0)).all(),
-            )
-            n = len(y)
+            n, mean, half = len(y), y.mean(axis=0), self._half_width(y)
+            # Clear: certainly unsafe, or safe with the distance to the limit known to within half
+            # of itself.
+            unsafe = (mean - half > 0).any()
+            safe = (mean + half <= np.minimum(0.5 * mean, 0.0)).all()
             if unsafe or safe or n >= self._budget:
                 return mean + half
-            more = self._sample(w[None], self._streams(n, min(2 * n, self._budget)))[0]
-            y = np.concatenate([y, more])
+            y = np.concatenate([y, self._rollout(w[None], n, min(2 * n, self._budget))[0]])
 
     def probe(self, w: Floats, g: Floats, probes: Floats) -> tuple[Floats, Floats]:
-        y = self._sample(np.concatenate([w[None], probes]), self._streams(0, self._rollouts))
+        y = self._rollout(np.concatenate([w[None], probes]), 0, self._rollouts)
         difference = y[1:] - y[0]
         return g + difference.mean(axis=1), self._half_width(difference, tests=len(probes))
 

@@ -1,26 +1,30 @@
-"""Gradient descent on a supervised loss: what SCPO proposes, and (as agent ``sgd``) what happens
-when nothing projects it.
+"""Gradient descent on a supervised loss: SCPO's proposals and, unprojected, agent ``sgd``.
 
-One update: interact with the deployed policy, add the labels seen (``info["expert_action"]``) to
-the data, let a torch optimiser propose a change of the parameters, deploy it.
+One update: interact with the deployed policy, add the observed labels (``info["expert_action"]``)
+to the data, let a torch optimiser propose a change of the parameters, deploy it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import MaybeCallback
 from torch import nn
 
 from scpo_bench.configuration import require, require_choice, resolve_config
-from scpo_bench.contract import task_of
+from scpo_bench.contract import Floats, task_of
+from scpo_bench.errors import UserError
 from scpo_bench.policies import AffineBackup, BackupActorCriticPolicy
-from scpo_bench.scpo.projection import Floats
-from scpo_bench.scpo.spaces import ParameterSpace, SpaceName, make_space
+from scpo_bench.scpo.spaces import ActorWeights, LastLayer, SpaceName, make_space
+
+Labels = Literal["starts", "visited"]
 
 
 @dataclass(frozen=True)
@@ -29,12 +33,12 @@ class GradientDescentConfig:
 
     n_steps: int = 30
     """Steps per environment between two updates."""
-    labels: Literal["starts", "visited"] = "starts"
+    labels: Labels = "starts"
     """Which labels are fitted: those at episode starts (a demonstration set that does not depend on
     the policy), or all seen.
     """
     buffer_size: int = 4096
-    """Labels kept; the oldest go first."""
+    """Labels kept; the oldest are dropped first."""
     optimizer: str = "SGD"
     """Name of a class in torch.optim."""
     learning_rate: float = 0.1
@@ -43,7 +47,7 @@ class GradientDescentConfig:
     In a whitened last layer the loss is a paraboloid of curvature 2 and 0.5 is a Newton step.
     """
     gradient_steps: int = 1
-    """Optimiser steps that make one proposal."""
+    """Optimiser steps per proposal."""
     space: SpaceName = "last_layer"
     """Which weights may change: last_layer (whitened), low_rank (adapters), all."""
     rank: int = 4
@@ -60,21 +64,22 @@ class GradientDescentConfig:
             require(self, name, low=1)
         for name in ("learning_rate", "feature_scale"):
             require(self, name, above=0)
-        require_choice(self, "labels", ("starts", "visited"))
+        require_choice(self, "labels", get_args(Labels))
         require_choice(self, "space", get_args(SpaceName))
         optimizer = getattr(torch.optim, str(self.optimizer), None)
         if not (isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer)):
-            raise ValueError(
-                f"{type(self).__name__}.optimizer: expected a class of torch.optim such as 'SGD', got {self.optimizer!r}"
+            raise UserError(
+                f"{type(self).__name__}.optimizer: expected a class of torch.optim such as 'SGD', "
+                f"got {self.optimizer!r}"
             )
 
 
 class GradientDescent(BaseAlgorithm):
-    """``GradientDescent("MlpPolicy", env, policy_kwargs={"backup": module}, learning_rate=0.2)``:
-    an SB3 algorithm.
+    """Supervised gradient descent as an SB3 algorithm.
 
+    ``GradientDescent("MlpPolicy", env, policy_kwargs={"backup": module}, learning_rate=0.2)``.
     Needs an environment that labels its observations in ``info["expert_action"]``, on reset too.
-    Raises ValueError for unknown or ill-typed configuration fields and for an environment without
+    Raises UserError for unknown or ill-typed configuration fields and for an environment without
     labels.
     """
 
@@ -108,12 +113,12 @@ class GradientDescent(BaseAlgorithm):
         )
         self.diagnostics: dict[str, float] = {}
         self.w: Floats = np.zeros(0)
-        self._observations: Any = None  # [n, obs_dim] and [n, action_dim], oldest first
-        self._labels: Any = None
-        self.rng: Any = None
-        self._reference: Any = None
+        # Observations [n, obs_dim] and labels [n, action_dim], oldest first.
+        self._data: tuple[NDArray[Any], NDArray[Any]] | None = None
+        self._reference: NDArray[Any] | None = None
         self._optimizer_state: dict[str, Any] | None = None
-        self._space: ParameterSpace | None = None
+        self._space: LastLayer | ActorWeights | None = None
+        self.rng = np.random.default_rng(np.random.SeedSequence(seed))
         if _init_setup_model:
             self._setup_model()
 
@@ -122,32 +127,28 @@ class GradientDescent(BaseAlgorithm):
 
     def _setup_model(self) -> None:
         self.set_random_seed(self.seed)
-        if self.rng is None:  # else it has just been loaded
-            self.rng = np.random.default_rng(np.random.SeedSequence(self.seed))
+        observation_dim = self.observation_space.shape[0]  # type: ignore[index]
         kwargs = {
             "net_arch": {"pi": [self.config.features], "vf": []},
             "ortho_init": False,
+            # Without a backup the start policy is zero action everywhere; whether that is safe is
+            # for the constraints to say.
+            "backup": AffineBackup(np.zeros((self.action_space.shape[0], observation_dim))),  # type: ignore[index]
             **self.policy_kwargs,
         }
-        observation_dim = self.observation_space.shape[0]  # type: ignore[index]
-        # Without a backup the start policy is zero action everywhere; whether that is safe is for
-        # the constraints to say.
-        kwargs.setdefault(
-            "backup",
-            AffineBackup(np.zeros((self.action_space.shape[0], observation_dim))),  # type: ignore[index]
-        )
-        self.policy = BackupActorCriticPolicy(
+        policy = BackupActorCriticPolicy(
             self.observation_space, self.action_space, lambda _: 0.0, **kwargs
-        ).to(self.device)
+        )
+        self.policy = policy.to(self.device)
         scale = self.config.feature_scale
         with torch.no_grad():
-            for layer in self.policy.mlp_extractor.extractor.policy_net:  # type: ignore[union-attr]
+            for layer in policy.mlp_extractor.extractor.policy_net:  # type: ignore[union-attr]
                 if isinstance(layer, nn.Linear):
                     layer.weight.normal_(0.0, scale / np.sqrt(layer.in_features / observation_dim))
                     layer.bias.normal_(0.0, scale / 2)
 
     @property
-    def space(self) -> ParameterSpace:
+    def space(self) -> LastLayer | ActorWeights:
         """Built on first use from the policy as it then is: after loading, from the loaded one."""
         if self._space is None:
             policy: Any = self.policy
@@ -162,14 +163,13 @@ class GradientDescent(BaseAlgorithm):
         """Observations [n, obs_dim] over which a step's effect on the actions is measured."""
         if self._reference is None:
             task = task_of(self.env)
-            # A batched task says where its episodes start; elsewhere the labelled observations at
-            # hand must do.
-            known = (
-                np.array(self._observations)
-                if task is None
-                else np.stack(task.design_starts(1024), axis=-1)
-            )
-            self._reference = known
+            # A batched task says where its episodes start; elsewhere the labelled observations have
+            # to do.
+            if task is not None:
+                self._reference = np.stack(task.design_starts(1024), axis=-1)
+            else:
+                assert self._data is not None
+                self._reference = self._data[0].copy()
         return torch.as_tensor(self._reference, dtype=torch.float64)
 
     def learn(
@@ -184,9 +184,8 @@ class GradientDescent(BaseAlgorithm):
         total, callback = self._setup_learn(
             total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar
         )
-        if (
-            reset_num_timesteps or self._observations is None
-        ):  # else training goes on: the labels of these observations are in
+        # When training continues, the labels of these observations are already in the data.
+        if reset_num_timesteps or self._data is None:
             self._add_labels(np.asarray(self._last_obs), self._reset_labels(range(self.n_envs)))
         self.start_training()
         callback.on_training_start(locals(), globals())
@@ -199,17 +198,18 @@ class GradientDescent(BaseAlgorithm):
         callback.on_training_end()
         return self
 
-    def _reset_labels(self, indices: Any) -> Any:
+    def _reset_labels(self, indices: Sequence[int] | NDArray[np.intp]) -> NDArray[Any]:
         """[len(indices), action_dim] from the infos of the last resets."""
         infos = self.env.unwrapped.reset_infos  # type: ignore[union-attr]
         try:
             return np.stack([infos[i]["expert_action"] for i in indices])
         except KeyError:
-            raise ValueError(
-                f"{type(self).__name__}: the environment gives no info['expert_action']; a supervised agent needs labels"
+            raise UserError(
+                f"{type(self).__name__}: the environment gives no info['expert_action']; a "
+                "supervised agent needs labels"
             ) from None
 
-    def _collect(self, callback: Any) -> bool:
+    def _collect(self, callback: BaseCallback) -> bool:
         """Run the deployed policy for n_steps per environment and keep the labels.
 
         False: a callback asked to stop.
@@ -223,63 +223,65 @@ class GradientDescent(BaseAlgorithm):
             if not callback.on_step():
                 return False
             self._last_obs = np.asarray(observations)
+            ended = np.flatnonzero(dones)
             if self.config.labels == "visited":
                 labels = np.stack([info["expert_action"] for info in infos])
-                labels[dones] = (
-                    self._reset_labels(np.flatnonzero(dones)) if dones.any() else labels[dones]
-                )
-                self._add_labels(observations, labels)
-            elif dones.any():
-                self._add_labels(observations[dones], self._reset_labels(np.flatnonzero(dones)))  # type: ignore[index]
+                if len(ended):
+                    labels[ended] = self._reset_labels(ended)
+                self._add_labels(self._last_obs, labels)
+            elif len(ended):
+                self._add_labels(self._last_obs[ended], self._reset_labels(ended))
         return True
 
-    def _add_labels(self, observations: Any, labels: Any) -> None:
-        if self._observations is None:
-            self._observations, self._labels = np.array(observations), np.array(labels)
+    def _add_labels(self, observations: NDArray[Any], labels: NDArray[Any]) -> None:
+        if self._data is None:
+            self._data = observations.copy(), labels.copy()
             return
         keep = self.config.buffer_size
-        self._observations = np.concatenate([self._observations, observations])[-keep:]
-        self._labels = np.concatenate([self._labels, labels])[-keep:]
+        known, known_labels = self._data
+        self._data = (
+            np.concatenate([known, observations])[-keep:],
+            np.concatenate([known_labels, labels])[-keep:],
+        )
 
     def loss(self, w: torch.Tensor) -> torch.Tensor:
         """Mean squared distance |pi_w(x) - label|^2 over the data, for w [d].
 
-        Unclipped actions: clipping would hide the error.
+        Of unclipped actions: clipping would hide the error.
         """
-        x = torch.as_tensor(self._observations, dtype=torch.float64)
-        y = torch.as_tensor(self._labels, dtype=torch.float64)
-        return (self.space.actions(w[None], x[None])[0] - y).square().sum(dim=-1).mean()
+        assert self._data is not None
+        x, y = (torch.as_tensor(part, dtype=torch.float64) for part in self._data)
+        return (self.space.policies(w[None])(x[None])[0] - y).square().sum(dim=-1).mean()
 
-    def propose(self) -> tuple[Floats, float]:
-        """(u [d], loss at w): the change that the optimiser would make."""
+    def propose(self) -> Floats:
+        """u [d], the change that the optimiser would make. Records the loss at the present w."""
         w = nn.Parameter(torch.as_tensor(self.w.copy()))
         optimizer = getattr(torch.optim, self.config.optimizer)([w], lr=self.config.learning_rate)
         if self._optimizer_state is not None:
             optimizer.load_state_dict(self._optimizer_state)
-        first = 0.0
-        for step in range(self.config.gradient_steps):
+        losses = []
+        for _ in range(self.config.gradient_steps):
             optimizer.zero_grad()
             loss = self.loss(w)
             loss.backward()
             optimizer.step()
-            first = float(loss.detach()) if step == 0 else first
+            losses.append(loss.item())
         self._optimizer_state = optimizer.state_dict()
-        return w.detach().numpy() - self.w, first
+        self.diagnostics = {**self.diagnostics, "loss": losses[0]}
+        return w.detach().numpy() - self.w
 
     def deploy(self, w: Floats) -> None:
         """Make w the policy that acts."""
         self.w = w
-        self.space.write(torch.as_tensor(w))
+        self.space.write(w)
 
     def start_training(self) -> None:
-        """Called once before the first data collection, with the start policy's first labels at
-        hand.
-        """
+        """Called once before the first data collection, when the first labels are known."""
         self.deploy(self.w if len(self.w) else np.zeros(self.space.dimension))
 
     def train(self) -> None:
         """One update."""
-        proposal, loss = self.propose()
+        proposal = self.propose()
         self.deploy(self.w + proposal)
         length = float(np.linalg.norm(proposal))
-        self.diagnostics = {"loss": loss, "proposal_norm": length, "step_norm": length}
+        self.diagnostics = {**self.diagnostics, "proposal_norm": length, "step_norm": length}

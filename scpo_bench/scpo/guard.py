@@ -1,28 +1,31 @@
 """The guard: SCPO's projection as a component.
 
-It takes a proposed change of parameters and returns one that may be deployed.
-
-It knows no policy, environment or optimiser: parameters are vectors w, constraints are something
-that can be looked at (:mod:`scpo_bench.scpo.constraints`). The SCPO agent, the wrapped SB3
-algorithms and the wrapped torch optimisers all use it.
+It takes a proposed change of parameters and decides what may be deployed. It knows no policy,
+environment or optimiser: parameters are vectors w, constraints are something that can be evaluated
+(:mod:`scpo_bench.scpo.constraints`). The SCPO agent, the wrapped SB3 algorithms and the wrapped
+torch optimisers all use it.
 Source: Cao, Borrelli, Joa, arXiv 2512.13788; ``verified`` mode, the smoothness rules and the choice
 of directions are this project's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
 
 from scpo_bench.configuration import require, require_choice
+from scpo_bench.contract import Floats
 from scpo_bench.errors import UserError
 from scpo_bench.scpo import smoothness
 from scpo_bench.scpo.constraints import Constraints, describe_unsafe
 from scpo_bench.scpo.directions import Candidate, DirectionMemory, probe_basis
-from scpo_bench.scpo.projection import Certificate, Floats, project
+from scpo_bench.scpo.projection import Certificate, project
+
+Mode = Literal["certified", "verified"]
+Differences = Literal["central", "forward"]
 
 
 class UnsafeStartError(UserError):
@@ -33,9 +36,9 @@ class UnsafeStartError(UserError):
 class GuardConfig:
     """How a proposal is probed, certified and projected."""
 
-    mode: Literal["certified", "verified"] = "verified"
-    """certified (the paper): deploy on the strength of the certificate. verified: deploy only what
-    was seen to be safe.
+    mode: Mode = "verified"
+    """certified (the paper): deploy on the strength of the certificate. verified: evaluate first,
+    and deploy only what is then safe.
     """
     smoothness: smoothness.Rule = "adaptive"
     """apriori: L as declared. sampled: second differences times ``safety_factor``, with decay.
@@ -53,9 +56,9 @@ class GuardConfig:
     """Which directions are probed after the proposal, best first, before random ones fill up.
     normals: running estimates of the constraints' gradients; momentum: of the steps taken; start:
     the way back to the start policy; cost: the gradient of a cost critic's advantages, where the
-    algorithm has one to offer.
+    algorithm offers one.
     """
-    differences: Literal["central", "forward"] = "forward"
+    differences: Differences = "forward"
     """Difference quotients: forward needs m + 1 evaluations, central 2 m.
 
     ``sampled`` smoothness always takes central ones.
@@ -78,9 +81,9 @@ class GuardConfig:
     """verified mode: projections per update before the update is given up and the policy stays."""
 
     def __post_init__(self) -> None:
-        require_choice(self, "mode", ("certified", "verified"))
+        require_choice(self, "mode", get_args(Mode))
         require_choice(self, "smoothness", get_args(smoothness.Rule))
-        require_choice(self, "differences", ("central", "forward"))
+        require_choice(self, "differences", get_args(Differences))
         for candidate in self.candidates:
             require_choice(self, "candidates", get_args(Candidate), candidate)
         for name in ("L", "probe_radius", "trust_radius", "smallest_probe"):
@@ -91,152 +94,151 @@ class GuardConfig:
             require(self, name, low=1)
 
 
-class Guard:
-    """What SCPO remembers between updates: the constraints' values, their smoothness, directions
-    worth probing, the last safe w.
+@dataclass(frozen=True)
+class Decision:
+    """What an update deploys.
 
-    w = 0 is the start policy. ``step`` returns what to deploy; ``diagnostics`` are the numbers of
-    that update.
+    w: [d]. status: "unaltered" (the whole proposal), "projected", "held" (w as it was: no step was
+    certified), or "recovered" (w had become unsafe; this is the last policy evaluated as safe).
+    diagnostics: the numbers of this update.
     """
+
+    w: Floats
+    status: Literal["unaltered", "projected", "held", "recovered"]
+    diagnostics: dict[str, float]
+
+
+class Guard:
+    """SCPO's updates, and what it remembers between them. w = 0 is the start policy."""
 
     def __init__(self, config: GuardConfig) -> None:
         self.config = config
         self.g: Floats | None = None  # [k], at the deployed policy
         self.smoothness: Floats | None = None  # [k], L_i
-        self.unaltered = False  # the last step is the proposal, the whole proposal
-        self.diagnostics: dict[str, float] = {}
+        self.memory: DirectionMemory | None = None
         self.updates = 0
         self.breaches = 0  # certified steps whose realised constraints exceeded the bound
         self.held = 0  # updates that stayed at z = 0
-        self.recoveries = 0  # updates that went back to the last safe policy
-        self._safe: tuple[Floats, Floats] | None = (
-            None  # (w, g) of the last policy that was seen to be safe
-        )
-        self._memory: DirectionMemory | None = None
+        self.recoveries = 0  # updates that returned to the last safe policy
+        self._safe: tuple[Floats, Floats] | None = None  # (w, g) of the last safe policy
 
-    def start(self, w: Floats, constraints: Constraints) -> None:
-        """Look at the policy that training starts from, once.
+    def start(self, w: Floats, constraints: Constraints) -> Floats:
+        """Evaluate the policy that training starts from, once. Returns g [k] at the present policy.
 
         Raises :class:`UnsafeStartError` if it violates a constraint.
         """
         if self.g is None:
             constraints.begin_update(0)
-            self.g = constraints.look(w)
+            self.g = constraints.evaluate(w)
         if (self.g > 0).any() and self._safe is None:
             raise UnsafeStartError(
-                f"SCPO: the start policy is unsafe: {describe_unsafe(constraints.names, self.g)}; start from a safe policy"
+                f"SCPO: the start policy is unsafe: {describe_unsafe(constraints.names, self.g)}; "
+                "start from a safe policy"
             )
+        return self.g
 
-    def look_again(self, w: Floats, constraints: Constraints) -> bool:
-        """Begin an update at w.
-
-        False: w has turned out to be unsafe, and :meth:`recover` says where to go.
-        """
-        self.updates += 1
-        if constraints.begin_update(
-            self.updates
-        ):  # noise is drawn anew: what was accepted because it looked good is looked at again
-            self.g = constraints.look(w)
-        assert self.g is not None
-        if (self.g > 0).any():
-            return False
-        self._safe = (w, self.g)
-        return True
-
-    def recover(self) -> Floats:
-        """The last safe policy: from an unsafe one nothing can be certified."""
-        assert self._safe is not None
-        w, self.g = self._safe
-        self.recoveries += 1
-        self.diagnostics = {
-            **self.diagnostics,
-            "recoveries": float(self.recoveries),
-            "step_norm": 0.0,
-        }
-        return w
-
-    def step(
+    def update(
         self,
         w: Floats,
-        proposal: Floats,
+        propose: Callable[[], Floats],
         constraints: Constraints,
         rng: np.random.Generator,
         cost_gradients: Sequence[Floats] = (),
-    ) -> Floats:
-        """The change of w [d] to deploy: the certified one closest to ``proposal`` [d] among the
-        directions probed.
+    ) -> Decision:
+        """One update of the deployed policy w [d].
 
-        cost_gradients: the candidates "cost". ``unaltered`` then says whether the certificate
-        allowed the proposal itself.
+        propose: returns the proposed change of w [d]; it is called only if w is safe.
+        cost_gradients: the candidates "cost". Raises :class:`UnsafeStartError` in the first update
+        if w is unsafe.
         """
-        config, g = self.config, self.g
-        assert g is not None
-        memory = self._memory or DirectionMemory.empty(len(g), len(w))
+        g = self.start(w, constraints)
+        self.updates += 1
+        if constraints.begin_update(self.updates):
+            # The noise is new: what was accepted under the old noise is evaluated again.
+            g = constraints.evaluate(w)
+        if (g > 0).any():
+            return self._recover()
+        self._safe = w, g
+        return self._project(w, g, propose(), constraints, rng, cost_gradients)
+
+    def _recover(self) -> Decision:
+        """Back to the last safe policy: from an unsafe one nothing can be certified."""
+        assert self._safe is not None
+        w, self.g = self._safe
+        self.recoveries += 1
+        diagnostics = {"recoveries": float(self.recoveries), "step_norm": 0.0}
+        return Decision(w, "recovered", diagnostics)
+
+    def _project(
+        self,
+        w: Floats,
+        g: Floats,
+        proposal: Floats,
+        constraints: Constraints,
+        rng: np.random.Generator,
+        cost_gradients: Sequence[Floats],
+    ) -> Decision:
+        """The certified step closest to ``proposal`` [d] among the directions probed."""
+        config = self.config
+        memory = self.memory or DirectionMemory.empty(len(g), len(w))
         candidates = memory.candidates(w, config.candidates, cost_gradients)
         basis = probe_basis(proposal, candidates, config.directions, rng)
         rho = self._radius(g, memory)
-        slopes, slope_noise, curvature = self._probe(w, basis, rho, constraints)
+        slopes, slope_noise, curvature = self._probe(w, g, basis, rho, constraints)
         L = self._smoothness_before(curvature, len(g))
-
-        # Where a look decides, noise in the slopes costs a retry, not safety; where the certificate
-        # does, it has to cover them.
+        # In verified mode noise in the slopes costs a retry, not safety; in certified mode the
+        # certificate has to cover it.
         slope_error = slope_noise if config.mode == "certified" else 0.0
+        # The paper's mode with a declared L corrects nothing: a breach is only recorded.
+        correct = config.mode == "verified" or config.smoothness != "apriori"
+
         target = basis.T @ proposal
-        accepted, realised, bound = np.zeros(len(target)), g, g
-        breached_now = 0
-        status = "held"
+        step, realised, bound, status = np.zeros(len(target)), g, g, "held"
+        breaches = 0
         for _ in range(config.retries):
             certificate = Certificate(g, slopes, 0.5 * L * rho + slope_error, L)
             result = project(certificate, target, config.trust_radius, config.margin)
-            if not result.z.any():
+            z = result.z
+            if not z.any():
                 break
-            seen = constraints.look(w + basis @ result.z)
-            breached = seen > result.bound
-            breached_now += bool(breached.any())
-            if config.smoothness != "apriori" or config.mode == "verified":
-                squared = float(result.z @ result.z)
-                raised = smoothness.after_breach(L, breached, seen, g + slopes @ result.z, squared)
-            else:
-                # the paper's mode with a declared L: nothing is corrected, a breach is only
-                # recorded
-                raised = L
-            if config.mode == "certified" or (seen <= 0).all():
-                accepted, realised, bound, status = result.z, seen, result.bound, result.status
-                L = (
-                    raised
-                    if breached.any()
-                    else smoothness.after_success(L)
-                    if config.smoothness == "adaptive"
-                    else L
-                )
+            values = constraints.evaluate(w + basis @ z)
+            breached = values > result.bound
+            breaches += bool(breached.any())
+            if correct:
+                L = smoothness.after_breach(L, breached, values, g + slopes @ z, float(z @ z))
+            if config.mode == "certified" or (values <= 0).all():
+                step, realised, bound, status = z, values, result.bound, result.status
+                if config.smoothness == "adaptive" and not breached.any():
+                    L = smoothness.after_success(L)
                 break
-            L = np.where(seen > 0, np.maximum(raised, smoothness.GROW * L), raised)
 
         if config.smoothness != "apriori":
             self.smoothness = L
         self.g = realised
-        self._memory = memory.seen(basis, slopes, accepted)
-        self.breaches += breached_now
+        self.memory = memory.updated(basis, slopes, step)
+        self.breaches += breaches
         self.held += status == "held"
-        self.unaltered = (
-            status == "inactive" and float(np.linalg.norm(target)) <= config.trust_radius
-        )
-        self.diagnostics = {
+        diagnostics = {
             "proposal_norm": float(np.linalg.norm(target)),
-            "step_norm": float(np.linalg.norm(accepted)),
+            "step_norm": float(np.linalg.norm(step)),
             "breaches": float(self.breaches),
             "held": float(self.held),
             "recoveries": float(self.recoveries),
             **({"probe_radius": rho} if config.safe_probes else {}),
-            **{f"bound/{name}": float(v) for name, v in zip(constraints.names, bound)},
-            **{f"realised/{name}": float(v) for name, v in zip(constraints.names, realised)},
-            **{f"L/{name}": float(v) for name, v in zip(constraints.names, L)},
         }
-        return basis @ accepted
+        for i, name in enumerate(constraints.names):
+            diagnostics[f"bound/{name}"] = float(bound[i])
+            diagnostics[f"realised/{name}"] = float(realised[i])
+            diagnostics[f"L/{name}"] = float(L[i])
+        if status == "held":
+            return Decision(w, "held", diagnostics)
+        whole = status == "inactive" and float(np.linalg.norm(target)) <= config.trust_radius
+        return Decision(w + basis @ step, "unaltered" if whole else "projected", diagnostics)
 
     def _radius(self, g: Floats, memory: DirectionMemory) -> float:
-        """rho: as configured or, with ``safe_probes``, the largest that g + |normal| rho + L rho^2
-        / 2 <= 0 allows, if that is less.
+        """rho: as configured or, with ``safe_probes``, what the last certificate covers, if less.
+
+        That is the largest rho with g + |normal| rho + L rho^2 / 2 <= 0.
         """
         rho = self.config.probe_radius
         if not self.config.safe_probes:
@@ -248,36 +250,29 @@ class Guard:
         return max(min(rho, float(root.min())), self.config.smallest_probe * rho)
 
     def _probe(
-        self, w: Floats, basis: Floats, rho: float, constraints: Constraints
+        self, w: Floats, g: Floats, basis: Floats, rho: float, constraints: Constraints
     ) -> tuple[Floats, Floats, Floats | None]:
-        """(slopes [k, m], their error from noise [k], second differences [k] or None where only
-        forward quotients were taken).
+        """(slopes [k, m], their error from noise [k], second differences [k]).
+
+        The last is None where only forward quotients were taken.
         """
-        g = self.g
-        assert g is not None
-        sampling = self.config.smoothness == "sampled" or (
-            self.config.smoothness == "adaptive" and self.smoothness is None
-        )
+        rule = self.config.smoothness
+        sampling = rule == "sampled" or (rule == "adaptive" and self.smoothness is None)
         central = self.config.differences == "central" or sampling
-        probes = w + rho * np.concatenate([basis.T, -basis.T] if central else [basis.T])
-        values, noise = constraints.probe(w, g, probes)
+        directions = np.concatenate([basis.T, -basis.T]) if central else basis.T
+        values, noise = constraints.probe(w, g, w + rho * directions)
         error = noise.max(axis=0) / rho
-        m = basis.shape[1]
         if not central:
             return (values - g).T / rho, error, None
-        plus, minus = values[:m], values[m:]
-        return (
-            (plus - minus).T / (2 * rho),
-            error,
-            smoothness.second_differences(g, plus, minus, rho),
-        )
+        plus, minus = np.split(values, 2)
+        slopes = (plus - minus).T / (2 * rho)
+        return slopes, error, smoothness.second_differences(g, plus, minus, rho)
 
     def _smoothness_before(self, curvature: Floats | None, k: int) -> Floats:
         """L [k] for this update's certificate."""
-        rule = self.config.smoothness
+        rule, previous = self.config.smoothness, self.smoothness
         if rule == "apriori":
             return np.full(k, self.config.L)
-        previous = self.smoothness
         if rule == "adaptive" and previous is not None:
             return previous
         assert curvature is not None

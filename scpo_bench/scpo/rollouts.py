@@ -1,105 +1,249 @@
-"""Constraint evaluation: g(theta) by rollouts, for many policies at once.
+"""Constraint values by rollouts: of any parameter space, on any task.
 
-g_i(theta) = (1 / sharpness) log sum exp(sharpness * c_i) over all start states and steps, with c_i
-the task's signed, relative
-constraint values: a smooth upper bound on their maximum, so g_i <= 0 implies that no evaluated step
-violates constraint i.
+Where the task's dynamics are pure functions, all start states are one array
+(:class:`BatchedRollouts`); elsewhere whole episodes of Gymnasium environments are played, in
+several processes (:class:`EpisodeRollouts`). Policies act deterministically.
 """
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context, parent_process
+from typing import Any, Protocol
 
+import cloudpickle
+import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor
 
-from scpo_bench.contract import BatchedTask, ProbeMeter
-from scpo_bench.scpo.projection import Floats
+from scpo_bench.contract import BatchedTask, Floats, ProbeMeter
+from scpo_bench.errors import UserError
 from scpo_bench.scpo.spaces import ParameterSpace
 
 # Policies are evaluated in groups of about this many (policy, start) pairs: the working set then
 # stays in the processor's cache.
 PAIRS_AT_ONCE = 8192
+# Episodes played side by side. The policy always gets this many observations: an action must not
+# depend, by rounding, on which other episodes are still running.
+ROWS = 4
 
 
-class BatchedEvaluator:
-    """g for tasks whose dynamics are pure functions: all policies and all start states in one
-    computation.
+class Rollouts(Protocol):
+    """y = constraint values of policies under numbered streams of noise.
+
+    names: of the k constraints. exact: there is no noise, and every stream gives the same values.
     """
 
-    def __init__(self, task: BatchedTask, starts: int, sharpness: float, meter: ProbeMeter) -> None:
-        self.task = task
-        self.names = task.constraint_names
-        self.sharpness = sharpness
-        self.meter = meter
-        self._starts = tuple(
-            torch.as_tensor(s, dtype=torch.float64) for s in task.design_starts(starts)
-        )
+    names: tuple[str, ...]
+    exact: bool
 
-    def __call__(self, space: ParameterSpace, w: Floats) -> Floats:
-        """g: [M, k] for policies w [M, d]. Charges the meter."""
-        with torch.no_grad():
-            return self._evaluate(space, torch.as_tensor(w, dtype=torch.float64))
+    def __call__(self, w: Floats, streams: Sequence[int]) -> Floats:
+        """y [M, n, k] for policies w [M, d] and n streams; equal streams mean equal noise."""
+        ...
 
-    def _evaluate(self, space: ParameterSpace, w: Tensor) -> Floats:
-        n = len(self._starts[0])
-        group = max(1, PAIRS_AT_ONCE // n)
-        g = torch.cat(
-            [self._smooth_worst(self.constraint_values(space, part)) for part in w.split(group)]
-        )
-        return g.numpy()
-
-    def constraint_values(self, space: ParameterSpace, w: Tensor) -> Tensor:
-        """Every constraint value of every rollout:
-
-        [M, k, T * N]. Differentiable, if autograd is on.
-        """
-        m, n = len(w), len(self._starts[0])
-        state = tuple(s.expand(m, n) for s in self._starts)
-        horizon = self.task.constraint_horizon
-        seen = []
-        for step in range(horizon):
-            action = space.actions(w, torch.stack(state, dim=-1)).unbind(dim=-1)
-            following = self.task.next_state(state, action)
-            seen.append(
-                torch.stack(
-                    self.task.constraint_values(state, action, following, step + 1 == horizon),
-                    dim=1,
-                )
-            )
-            state = following
-        self.meter.steps += m * n * horizon
-        return torch.cat(seen, dim=-1)
-
-    def _smooth_worst(self, values: Tensor) -> Tensor:
-        self.meter.violations += int((values.amax(dim=(1, 2)) > 0).sum())
-        return torch.logsumexp(self.sharpness * values, dim=-1) / self.sharpness
+    def close(self) -> None: ...
 
 
-class NoisyRollouts:
-    """Rollouts of a batched task whose constraint values are measured with normal noise: y = g(w) +
-    ``std`` e, e ~ N(0, 1) per stream.
+class BatchedRollouts:
+    """Rollouts from all design starts of a task whose dynamics are pure functions.
 
-    Every stream is a rollout from all start states, and charged as one.
+    y_i = (1 / sharpness) log sum exp(sharpness * c_i) over start states and steps, with c_i the
+    task's signed, relative constraint values: a smooth upper bound on their maximum, so y_i <= 0
+    implies that no evaluated step violates constraint i. Disturbances are left out.
+    noise_std: standard deviation of normal noise that is added to y, one draw per stream. Every
+    stream is then charged as rollouts of its own.
     """
 
     def __init__(
         self,
-        evaluate: Callable[[Floats], Floats],
-        std: float,
-        seed: int,
-        evaluator: BatchedEvaluator,
+        task: BatchedTask,
+        space: ParameterSpace,
+        starts: int,
+        sharpness: float,
+        meter: ProbeMeter,
+        noise_std: float = 0.0,
+        seed: int = 0,
     ) -> None:
-        self._evaluate, self._std, self._seed, self._evaluator = evaluate, std, seed, evaluator
+        self.names, self.exact = task.constraint_names, noise_std == 0
+        self._task, self._space, self._sharpness, self._meter = task, space, sharpness, meter
+        self._noise_std, self._seed = noise_std, seed
+        self._starts = tuple(
+            torch.as_tensor(s, dtype=torch.float64) for s in task.design_starts(starts)
+        )
+
+    def __call__(self, w: Floats, streams: Sequence[int] = (0,)) -> Floats:
+        n, k = len(self._starts[0]), len(self.names)
+        at_once = max(1, PAIRS_AT_ONCE // n) if self._space.vectorized else 1
+        smooth = []
+        with torch.no_grad():
+            for part in torch.as_tensor(w).split(at_once):
+                values = self.constraint_values(part)
+                self._meter.violations += int((values.amax(dim=(1, 2)) > 0).sum())
+                smooth.append(torch.logsumexp(self._sharpness * values, dim=-1) / self._sharpness)
+        self._meter.steps += len(w) * n * self._task.constraint_horizon * len(streams)
+        noise = [np.random.default_rng([self._seed, stream]).normal(size=k) for stream in streams]
+        return torch.cat(smooth).numpy()[:, None] + self._noise_std * np.stack(noise)
+
+    def constraint_values(self, w: Tensor) -> Tensor:
+        """Every constraint value of every rollout of policies w [M, d]: [M, k, T * N]."""
+        act = self._space.policies(w)
+        state = tuple(s.expand(len(w), -1) for s in self._starts)
+        horizon = self._task.constraint_horizon
+        values = []
+        for step in range(horizon):
+            action = act(torch.stack(state, dim=-1)).double().unbind(dim=-1)
+            following = self._task.next_state(state, action)
+            last = step + 1 == horizon
+            values.append(
+                torch.stack(self._task.constraint_values(state, action, following, last), dim=1)
+            )
+            state = following
+        return torch.cat(values, dim=-1)
+
+    def close(self) -> None:
+        pass
+
+
+class EpisodeRollouts:
+    """Whole episodes: one per policy and stream, started from a seed of the stream's own.
+
+    y = (episode cost - cost_limit) / max(cost_limit, 1), constraint "cost"; where cost_limit is 0,
+    the largest signed constraint values of the episode (``info["constraint_values"]``). With
+    ``workers`` > 1 that many processes play them; the result does not depend on it.
+    Raises UserError if cost_limit is 0 and the task has no signed values: then there is no room in
+    which to take a step.
+    """
+
+    exact = False
+
+    def __init__(
+        self,
+        make_env: Callable[[], gym.Env[Any, Any]],
+        space: ParameterSpace,
+        cost_limit: float,
+        seed: int,
+        workers: int,
+        meter: ProbeMeter,
+    ) -> None:
+        self._seed, self._workers, self._meter = seed, workers, meter
+        self._episodes = _Episodes(make_env, space, cost_limit)
+        self._pool: ProcessPoolExecutor | None = None
+        self.names = self._episodes.constraint_names()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_pool": None}  # processes are started anew
 
     def __call__(self, w: Floats, streams: Sequence[int]) -> Floats:
-        """y [M, n, k] for policies w [M, d] and n streams."""
-        meter, k = self._evaluator.meter, len(self._evaluator.names)
-        before = meter.steps
-        g = self._evaluate(w)
-        meter.steps += (meter.steps - before) * (len(streams) - 1)
-        noise = np.stack(
-            [np.random.default_rng([self._seed, stream]).normal(size=k) for stream in streams]
-        )
-        return g[:, None] + self._std * noise
+        roots = [np.random.SeedSequence([self._seed, stream]) for stream in streams]
+        seeds = [int(root.generate_state(1)[0]) for root in roots]
+        # Of a single policy, half as many at once: two processes then have something to share.
+        size = ROWS if len(w) > 1 else ROWS // 2
+        groups = [seeds[first : first + size] for first in range(0, len(seeds), size)]
+        rows, seeds_of = zip(*((row, group) for row in w for group in groups))
+        if self._workers == 1:
+            played = list(map(self._episodes.play, rows, seeds_of))
+        else:
+            if self._pool is None:
+                source = cloudpickle.dumps(self._episodes)
+                self._pool = ProcessPoolExecutor(
+                    self._workers, get_context("forkserver"), _start_worker, (source,)
+                )
+            played = list(self._pool.map(_play, rows, seeds_of))
+        y = np.concatenate([values for values, _ in played])
+        self._meter.steps += sum(steps for _, steps in played)
+        self._meter.violations += int((y > 0).any(axis=1).sum())
+        return y.reshape(len(w), len(streams), -1)
+
+    def close(self) -> None:
+        self._episodes.close()
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+
+class _Episodes:
+    """One process's environments, and the policies that act in them."""
+
+    def __init__(
+        self, make_env: Callable[[], gym.Env[Any, Any]], space: ParameterSpace, cost_limit: float
+    ) -> None:
+        self._make_env, self._space, self._cost_limit = make_env, space, cost_limit
+        self._envs: list[gym.Env[Any, Any]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_envs": []}  # environments are created anew
+
+    def _env(self, i: int) -> gym.Env[Any, Any]:
+        while len(self._envs) <= i:
+            self._envs.append(self._make_env())
+        return self._envs[i]
+
+    def constraint_names(self) -> tuple[str, ...]:
+        if self._cost_limit > 0:
+            return ("cost",)
+        env = self._env(0)
+        env.reset(seed=0)
+        info = env.step(env.action_space.sample() * 0)[-1]
+        if "constraint_values" not in info:
+            raise UserError(
+                "SCPO: cost_limit 0 leaves no room to step in on a task without "
+                "info['constraint_values']; give cost_limit > 0"
+            )
+        return tuple(f"constraint_{i}" for i in range(len(info["constraint_values"])))
+
+    def play(self, w: Floats, seeds: Sequence[int]) -> tuple[Floats, int]:
+        """(y [n, k], steps) of n episodes of policy w [d], side by side."""
+        act = self._space.policies(torch.as_tensor(w)[None])
+        envs = [self._env(i) for i in range(len(seeds))]
+        starts = [env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)]
+        observations = np.zeros((ROWS, *starts[0].shape), starts[0].dtype)
+        observations[: len(starts)] = starts
+        costs: list[list[float]] = [[] for _ in envs]
+        values: list[list[Floats]] = [[] for _ in envs]
+        running = list(range(len(seeds)))
+        while running:
+            actions = act(torch.as_tensor(observations)[None])[0].numpy()
+            for i in tuple(running):
+                observations[i], _, terminated, truncated, info = envs[i].step(actions[i])
+                costs[i].append(info["cost"])
+                if self._cost_limit == 0:
+                    values[i].append(np.array(info["constraint_values"]))
+                if terminated or truncated:
+                    running.remove(i)
+        steps = sum(map(len, costs))
+        if self._cost_limit == 0:
+            return np.stack([np.max(episode, axis=0) for episode in values]), steps
+        totals = np.array([[sum(episode)] for episode in costs])
+        return (totals - self._cost_limit) / max(self._cost_limit, 1.0), steps
+
+    def close(self) -> None:
+        for env in self._envs:
+            env.close()
+
+
+_episodes: _Episodes | None = None  # of a worker process
+
+
+def _start_worker(source: bytes) -> None:
+    global _episodes
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    _episodes = cloudpickle.loads(source)
+
+
+def _end_with_parent() -> None:
+    """A killed parent must not leave its workers behind."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _play(w: Floats, seeds: Sequence[int]) -> tuple[Floats, int]:
+    assert _episodes is not None
+    return _episodes.play(w, seeds)

@@ -1,20 +1,28 @@
-"""Parameter spaces: which weights of the policy a step may change, as coordinates w in R^d with w =
-0 at the start policy.
+"""Parameter spaces: which weights of a policy a step may change, as coordinates w in R^d.
 
-Every space is affine in the policy's weights, so smoothness in the weights is smoothness in w.
+w = 0 is the start policy. Every space is affine in the policy's weights, so smoothness in the
+weights is smoothness in w.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
+from stable_baselines3.common.distributions import DiagGaussianDistribution
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import Tensor, nn
 
+from scpo_bench.contract import Floats
 from scpo_bench.policies import BackupActorCriticPolicy
 
 SpaceName = Literal["last_layer", "low_rank", "all"]
+# Observations [M, N, ...] of M policies -> their actions [M, N, action_dim].
+Policies = Callable[[Tensor], Tensor]
 
 # Feature directions whose share of the features' energy is below this are left out of a whitened
 # last layer.
@@ -22,47 +30,49 @@ WHITENING_CUTOFF = 1e-6
 
 
 class ParameterSpace(Protocol):
-    """dimension: d.
+    """What constraint evaluation needs to know of a policy.
 
-    Everything is computed in float64, so that difference quotients of constraints mean something.
+    dimension: d. vectorized: ``policies`` takes any number of parameter vectors, not just one.
     """
 
     dimension: int
+    vectorized: bool
 
-    def actions(self, w: Tensor, observations: Tensor) -> Tensor:
-        """Mean actions, unclipped, of M policies. w:
-
-        [M, d]; observations: [M, N, obs_dim]. Returns [M, N, action_dim].
-        """
+    def policies(self, w: Tensor) -> Policies:
+        """The deterministic policies with parameters w [M, d], valid until the next call."""
         ...
 
-    def write(self, w: Tensor) -> None:
-        """Set the policy's weights to those of w [d]."""
+    def write(self, w: Floats) -> None:
+        """Give the deployed policy the parameters w [d]."""
         ...
 
 
 def make_space(
     name: SpaceName, policy: BackupActorCriticPolicy, reference: Tensor, rank: int
-) -> ParameterSpace:
-    """The space called ``name``. reference: observations [n, obs_dim] that say what actions a
-    whitened last layer measures.
+) -> LastLayer | ActorWeights:
+    """The space called ``name``.
+
+    reference: observations [n, obs_dim] over which a whitened last layer measures actions.
     """
     if name == "last_layer":
         return LastLayer(policy, reference)
     return ActorWeights(policy, rank if name == "low_rank" else None)
 
 
-def _backup_of(policy: BackupActorCriticPolicy) -> Any:
+# ---- spaces in float64, differentiable in w
+
+
+def _backup_of(policy: BackupActorCriticPolicy) -> nn.Module:
     """The backup controller, in float64."""
     backup: Any = policy.mlp_extractor.backup
     return copy.deepcopy(backup).double()
 
 
 class _FastTanh(nn.Module):
-    """tanh x = 2 sigmoid(2 x) - 1: in float64, torch's sigmoid takes a quarter of the time of its
-    tanh, and features are most of it.
+    """tanh x = 2 sigmoid(2 x) - 1, in place.
 
-    In place, hence for fixed features only (no gradient passes through).
+    In float64, torch's sigmoid takes a quarter of the time of its tanh, and features are most of
+    it. Only for fixed features: no gradient passes through.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,63 +80,52 @@ class _FastTanh(nn.Module):
 
 
 class LastLayer:
-    """The last layer alone, whitened: the policy is linear in w and |w| is the root mean square
-    change of its action.
+    """The last layer alone, whitened: |w| is the root mean square change of the action.
 
     With features phi(x) [h + 1] (bias included) and their second moment G over the reference
-    observations, w multiplies phi @ C where C'GC = I. A step then has the same meaning in every
-    direction, which makes one scalar L_i a good bound.
+    observations, w multiplies phi @ C where C'GC = I. The policy is linear in w, and a step has the
+    same meaning in every direction, which makes one scalar L_i a good bound. Actions are unclipped
+    and in float64, so that difference quotients of constraints mean something.
     """
+
+    vectorized = True
 
     def __init__(self, policy: BackupActorCriticPolicy, reference: Tensor) -> None:
         head: Any = policy.action_net
-        self._head: Any = head.linear
-        # The features are fixed from here on: a copy in float64 serves every evaluation.
         extractor: Any = policy.mlp_extractor.extractor
+        self._head: nn.Linear = head.linear
+        # The features are fixed from here on: a copy in float64 serves every evaluation.
         layers = copy.deepcopy(extractor.policy_net).double().requires_grad_(False)
-        self._features: Any = nn.Sequential(
-            *(_FastTanh() if isinstance(part, nn.Tanh) else part for part in layers)
+        self._features = nn.Sequential(
+            *(_FastTanh() if isinstance(layer, nn.Tanh) else layer for layer in layers)
         )
-        self._backup: Any = _backup_of(policy)
-        self._action_dim = int(self._head.out_features)
+        self._backup = _backup_of(policy)
         with torch.no_grad():
-            phi = self._with_bias(self._features(reference.double()))
+            phi = self._features(reference.double())
+            phi = torch.cat([phi, phi.new_ones(len(phi), 1)], dim=-1)
             energy, directions = torch.linalg.eigh(phi.T @ phi / len(phi))
             kept = energy > WHITENING_CUTOFF * energy.max()
             self._whitening = directions[:, kept] / energy[kept].sqrt()  # C: [h + 1, r]
-        self.dimension = self._whitening.shape[1] * self._action_dim
-
-    @staticmethod
-    def _with_bias(phi: Tensor) -> Tensor:
-        return torch.cat([phi, phi.new_ones(*phi.shape[:-1], 1)], dim=-1)
+        self.dimension = self._whitening.shape[1] * self._head.out_features
 
     def _weights(self, w: Tensor) -> Tensor:
         """[M, h + 1, action_dim] from w [M, d]."""
-        return self._whitening @ w.reshape(len(w), -1, self._action_dim)
+        return self._whitening @ w.reshape(len(w), -1, self._head.out_features)
 
-    def actions(self, w: Tensor, observations: Tensor) -> Tensor:
+    def policies(self, w: Tensor) -> Policies:
         weights = self._weights(w)
-        phi = self._features(observations)
-        return self._backup(observations) + torch.baddbmm(weights[:, -1:], phi, weights[:, :-1])
 
-    def write(self, w: Tensor) -> None:
+        def act(observations: Tensor) -> Tensor:
+            residual = torch.baddbmm(weights[:, -1:], self._features(observations), weights[:, :-1])
+            return self._backup(observations) + residual
+
+        return act
+
+    def write(self, w: Floats) -> None:
+        weights = self._weights(torch.as_tensor(w)[None])[0]
         with torch.no_grad():
-            weights = self._weights(w[None])[0]
             self._head.weight.copy_(weights[:-1].T)
             self._head.bias.copy_(weights[-1])
-
-
-class _Actor(nn.Module):
-    """observations -> mean action: the part of the policy that acts, as one module."""
-
-    def __init__(self, policy: BackupActorCriticPolicy) -> None:
-        super().__init__()
-        extractor: Any = policy.mlp_extractor.extractor
-        head: Any = policy.action_net
-        self.features, self.head = extractor.policy_net, head.linear
-
-    def forward(self, observations: Tensor) -> Tensor:
-        return self.head(self.features(observations))
 
 
 class ActorWeights:
@@ -134,47 +133,156 @@ class ActorWeights:
 
     rank None: w is every weight and bias, as a change from the start. rank r: each matrix W [out,
     in] becomes W + A B with B [r, in] fixed and orthonormal and A [out, r] the coordinates (zero at
-    the start); biases are coordinates as they are.
+    the start); biases are coordinates themselves. Actions as in :class:`LastLayer`.
     """
 
+    vectorized = True
+
     def __init__(self, policy: BackupActorCriticPolicy, rank: int | None) -> None:
-        self._live = _Actor(policy)
+        head: Any = policy.action_net
+        extractor: Any = policy.mlp_extractor.extractor
+        self._live = nn.Sequential(extractor.policy_net, head.linear)
         self._actor = copy.deepcopy(self._live).double().requires_grad_(False)
-        self._backup: Any = _backup_of(policy)
+        self._backup = _backup_of(policy)
         self._start = {name: p.detach().clone() for name, p in self._actor.named_parameters()}
         generator = torch.Generator().manual_seed(0)
         self._bases: dict[str, Tensor] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         for name, p in self._start.items():
+            self._shapes[name] = tuple(p.shape)
             if rank is not None and p.ndim == 2 and rank < p.shape[1]:
-                rows = torch.linalg.qr(
-                    torch.randn(p.shape[1], rank, generator=generator, dtype=torch.float64)
-                )[0].T
-                self._bases[name], self._shapes[name] = rows, (p.shape[0], rank)
-            else:
-                self._shapes[name] = tuple(p.shape)
-        self.dimension = sum(torch.Size(s).numel() for s in self._shapes.values())
+                columns = torch.randn(p.shape[1], rank, generator=generator, dtype=torch.float64)
+                self._bases[name] = torch.linalg.qr(columns)[0].T
+                self._shapes[name] = (p.shape[0], rank)
+        self._sizes = [torch.Size(shape).numel() for shape in self._shapes.values()]
+        self.dimension = sum(self._sizes)
 
     def _weights(self, w: Tensor) -> dict[str, Tensor]:
         """name -> [M, *shape] from w [M, d]."""
-        weights, offset = {}, 0
-        for name, shape in self._shapes.items():
-            size = torch.Size(shape).numel()
-            change = w[:, offset : offset + size].reshape(len(w), *shape)
-            offset += size
-            weights[name] = self._start[name] + (
-                change @ self._bases[name] if name in self._bases else change
-            )
+        weights = {}
+        for (name, shape), part in zip(self._shapes.items(), w.split(self._sizes, dim=1)):
+            change = part.reshape(len(w), *shape)
+            if name in self._bases:
+                change = change @ self._bases[name]
+            weights[name] = self._start[name] + change
         return weights
 
-    def actions(self, w: Tensor, observations: Tensor) -> Tensor:
+    def policies(self, w: Tensor) -> Policies:
+        weights = self._weights(w)
+
         def one(weights: dict[str, Tensor], x: Tensor) -> Tensor:
             return torch.func.functional_call(self._actor, weights, (x,))
 
-        return self._backup(observations) + torch.func.vmap(one)(self._weights(w), observations)
+        return lambda x: self._backup(x) + torch.func.vmap(one)(weights, x)
 
-    def write(self, w: Tensor) -> None:
-        weights = self._weights(w[None])
+    def write(self, w: Floats) -> None:
+        weights = self._weights(torch.as_tensor(w)[None])
         with torch.no_grad():
             for name, p in self._live.named_parameters():
                 p.copy_(weights[name][0])
+
+
+# ---- weights as they are deployed, in their own precision
+
+
+class Weights:
+    """Tensors as one vector w [d] of float64, zero at the start.
+
+    start: [d], the vector that is w = 0; by default the tensors as they are now.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], start: Floats | None = None) -> None:
+        self._tensors = list(tensors)
+        self.start = self._flat() if start is None else start
+        self.dimension = len(self.start)
+
+    def _flat(self) -> Floats:
+        return torch.cat([p.detach().reshape(-1) for p in self._tensors]).double().numpy()
+
+    def read(self) -> Floats:
+        """The present w."""
+        return self._flat() - self.start
+
+    def write(self, w: Floats) -> None:
+        """Set the tensors, in their own precision."""
+        flat = torch.as_tensor(self.start + w)
+        parts = flat.split([p.numel() for p in self._tensors])
+        self.restore([part.reshape(p.shape) for p, part in zip(self._tensors, parts)])
+
+    def copy(self) -> list[Tensor]:
+        """The tensors as they are, for :meth:`restore`: exact, which reading and writing is not."""
+        return [p.detach().clone() for p in self._tensors]
+
+    def restore(self, values: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            for p, value in zip(self._tensors, values):
+                p.copy_(value)
+
+
+class PolicyWeights(Weights):
+    """The weights of any Stable-Baselines3 policy that shape its deterministic action.
+
+    Which they are is found by differentiating an action: value functions and exploration noise have
+    no part in it. Actions are those of ``policy.predict``, of one policy at a time, computed by a
+    copy of the policy. Raises ValueError if actions cannot be differentiated (discrete actions).
+    """
+
+    vectorized = False
+
+    def __init__(self, policy: Any, start: Floats | None = None) -> None:
+        space = policy.observation_space
+        observation = policy.obs_to_tensor(np.zeros(space.shape, space.dtype))[0]
+        action = policy._predict(observation, deterministic=True)
+        if not action.requires_grad:
+            raise ValueError(
+                f"SCPO: the actions of {type(policy).__name__} cannot be differentiated; it needs "
+                "a Box action space"
+            )
+        named = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+        gradients = torch.autograd.grad(action.sum(), list(named.values()), allow_unused=True)
+        names = [name for name, gradient in zip(named, gradients) if gradient is not None]
+        super().__init__([named[name] for name in names], start)
+        with torch.no_grad():
+            # SB3's policies keep their last distribution, and a tensor with a gradient graph cannot
+            # be copied.
+            policy._predict(observation, deterministic=True)
+        self._policy = copy.deepcopy(policy)
+        copied = dict(self._policy.named_parameters())
+        self._copy = Weights([copied[name] for name in names], self.start)
+
+    def policies(self, w: Tensor) -> Policies:
+        self._copy.write(w.numpy()[0])
+        act = acting(self._policy)
+        return lambda observations: act(observations[0])[None]
+
+    def gradient(self, loss: Tensor) -> Floats:
+        """[d]: the gradient of a scalar that was computed with the policy."""
+        parts = torch.autograd.grad(loss, self._tensors, allow_unused=True, materialize_grads=True)
+        return torch.cat([part.reshape(-1) for part in parts]).double().numpy()
+
+
+def acting(policy: Any) -> Callable[[Tensor], Tensor]:
+    """observations [n, ...] -> the actions [n, ...] of ``policy.predict(deterministic=True)``.
+
+    ``predict`` also checks, converts and builds a distribution. A Gaussian's most likely action is
+    its mean and needs none of that, which halves the cost.
+    """
+    policy.set_training_mode(False)
+    if not (
+        isinstance(policy, ActorCriticPolicy)
+        and type(policy.action_dist) is DiagGaussianDistribution
+        and type(policy.features_extractor) is FlattenExtractor
+    ):
+        dtype = policy.observation_space.dtype
+        return lambda observations: torch.as_tensor(
+            policy.predict(observations.numpy().astype(dtype), deterministic=True)[0]
+        )
+    box: Any = policy.action_space
+    low, high = torch.as_tensor(box.low), torch.as_tensor(box.high)
+
+    @torch.inference_mode()
+    def act(observations: Tensor) -> Tensor:
+        latent = policy.mlp_extractor.forward_actor(observations.float().flatten(1))
+        return policy.action_net(latent).reshape(-1, *low.shape).clamp(low, high)
+
+    return act

@@ -82,17 +82,16 @@ def update_share(updates: int = 10) -> None:
         learning_rate=0.3,
     )
     agent.learn(32 * 30 * 3)
-    evaluator, spent = agent.evaluator, 0.0
+    evaluate, spent = agent.constraints.values, 0.0
 
-    def timed(*arguments):
+    def timed(w):
         nonlocal spent
         began = time.perf_counter()
-        result = evaluator(*arguments)
+        result = evaluate(w)
         spent += time.perf_counter() - began
         return result
 
-    timed.names = evaluator.names
-    agent._evaluator = timed
+    agent.constraints.values = timed
     began = time.perf_counter()
     for _ in range(updates):
         agent.train()

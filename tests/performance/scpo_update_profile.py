@@ -1,11 +1,9 @@
-"""Where the time of SCPO's updates goes on a Safety-Gymnasium task, and what a second process
-brings.
+"""Where the time of SCPO's updates goes on a Safety-Gymnasium task; the gain of a second process.
 
     python tests/performance/scpo_update_profile.py [--task SafetyPointGoal1-v0] [--updates 6]
 
 One process: the share of the time spent in environments' ``step`` and ``reset``, training and
-rollouts together. Two processes: wall clock against one. Run it on a machine that does nothing
-else.
+rollouts together. Two processes: wall clock against one. Run it on an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -63,7 +61,7 @@ def learn(task: str, updates: int, workers: int) -> tuple[float, int, int]:
         workers=workers,
         n_steps=PER_UPDATE // 4,
         batch_size=250,
-        cost_limit=1_000.0,  # out of the way: what is timed is the work, not what comes of it
+        cost_limit=1_000.0,  # never reached: the work is timed, not its result
     )
     assert agent.constraints is not None
     agent._rollouts(np.zeros((2, agent.weights.dimension)), range(2))  # starts the processes
@@ -82,9 +80,8 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=6)
     arguments = parser.parse_args()
     one, steps, probes = learn(arguments.task, arguments.updates, 1)
-    print(
-        f"{arguments.task}, {arguments.updates} updates: {steps} interaction steps, {probes} probe steps"
-    )
+    print(f"{arguments.task}, {arguments.updates} updates: {steps} interaction steps, ", end="")
+    print(f"{probes} probe steps")
     print(f"one process: {one:.1f} s, {100 * Timed.seconds / one:.0f} % of it in environments")
     two, *_ = learn(arguments.task, arguments.updates, 2)
     print(f"two processes: {two:.1f} s, {one / two:.2f} times as fast")
