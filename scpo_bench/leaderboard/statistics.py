@@ -31,16 +31,14 @@ PRELIMINARY_BELOW = 10
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and its confidence interval; low and high are nan where there is too little to tell.
-    """
+    """A number and its confidence interval; low and high are nan where there is too little to tell."""
 
     value: float
     low: float
     high: float
 
     def overlaps(self, other: Estimate) -> bool:
-        """Whether the data leave open which is larger. An unknown interval leaves everything open.
-        """
+        """Whether the data leave open which is larger. An unknown interval leaves everything open."""
         if any(map(math.isnan, (self.low, self.high, other.low, other.high))):
             return True
         return self.low <= other.high and other.low <= self.high
@@ -200,17 +198,10 @@ def wilson(successes: int, trials: int, level: float = 0.95) -> Estimate:
     """A share with Wilson's score interval (JASA 22, 1927), which is sensible at 0 and at all of
     them. UNKNOWN without trials.
     """
-    if not 0 <= successes <= trials:
-        raise ValueError(f"wilson: {successes} of {trials} is not a share")
     if not trials:
         return UNKNOWN
-    z = float(stats.norm.ppf(0.5 + level / 2))
-    share = successes / trials
-    centre = share + z * z / (2 * trials)
-    spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    low, high = ((centre + sign * spread) / (1 + z * z / trials) for sign in (-1, 1))
-    # At the ends the bound is the end itself; rounding would put it beside it.
-    return Estimate(share, 0.0 if successes == 0 else low, 1.0 if successes == trials else high)
+    ends = stats.binomtest(successes, trials).proportion_ci(level, method="wilson")
+    return Estimate(successes / trials, float(ends.low), float(ends.high))
 
 
 def mean_interval(values: npt.ArrayLike, level: float = 0.95) -> Estimate:
@@ -223,11 +214,7 @@ def mean_interval(values: npt.ArrayLike, level: float = 0.95) -> Estimate:
     mean = float(flat.mean())
     if flat.size < 2:
         return Estimate(mean, math.nan, math.nan)
-    half = (
-        float(stats.t.ppf(0.5 + level / 2, flat.size - 1))
-        * float(flat.std(ddof=1))
-        / math.sqrt(flat.size)
-    )
+    half = float(stats.t.ppf(0.5 + level / 2, flat.size - 1) * stats.sem(flat))
     return Estimate(mean, mean - half, mean + half)
 
 
@@ -259,8 +246,6 @@ def censored_quantile(times: npt.ArrayLike, q: float) -> float:
     times: [runs], inf where the run ended first. Runs share one budget, so the empirical
     distribution is Kaplan and Meier's estimate, and no average of censored times is ever taken.
     """
-    flat = np.sort(np.asarray(times, dtype=float))
-    flat = flat[~np.isnan(flat)]
-    if not flat.size:
-        return math.nan
-    return float(flat[min(flat.size, max(1, math.ceil(q * flat.size - 1e-9))) - 1])
+    known = np.asarray(times, dtype=float)
+    known = known[~np.isnan(known)]
+    return float(np.quantile(known, q, method="inverted_cdf")) if known.size else math.nan
