@@ -1,12 +1,11 @@
-"""What one run's record says: every per-run column of the leaderboard, computed from the raw
-updates alone.
+"""What the record of one run says: its metrics, computed from the raw updates alone.
 
 Definitions, once. d is the cost limit. Update k collected n_k finished episodes with mean cost C_k.
 An *iterate* violates if its deterministic evaluation exceeds the limit (as recorded in
-``iterate_violates``); a *step* violates if its cost is positive; an *episode* violates if its cost
-exceeds d. Update 0 is the start policy: the reference that runs are compared with, never counted
-among the updates. Not measured is nan; a time that did not come within the run is inf ("never"), so
-it can be ranked but not averaged.
+``iterate_violates``), a *step* if its cost is positive, and an *episode* if its cost exceeds d.
+Update 0 is the start policy: what runs are compared with, never counted among the updates. Not
+measured is nan; a time that was not reached within the run is inf ("never"), so it can be ranked
+but not averaged.
 """
 
 from __future__ import annotations
@@ -33,58 +32,38 @@ NEVER = math.inf
 class RunMetrics:
     """One run in numbers.
 
-    Costs in cost units per episode, values in the constraint's own signed unit (violated where >
-    0).
+    Costs are per episode; constraint values have their own signed unit and are violated above 0.
     """
 
-    # outcome: the last evaluated iterate, on held-out starts, and the start policy's own evaluation
+    # Outcome: evaluations of the start policy and of the last evaluated ("final") iterate.
     start_return: float
-    start_cost: float
     start_objective: float
-    start_worst_value: float
-    final_update: float
-    """The update that "final" speaks of: the last evaluated one."""
     final_return: float
     final_cost: float
-    final_cost_ratio: float
-    """final_cost / d; nan where d = 0."""
     final_objective: float
     """Objective loss, lower is better."""
-    final_worst_value: float
     final_violates: float
     """1, 0, or nan."""
     final_training_return: float
-    """Mean return of the episodes of the last update that finished any: the exploring policy, not
-    the evaluated one.
-    """
+    """Mean return of the last update that finished an episode: of the exploring policy."""
     final_training_cost: float
     gap_closed: float
-    """Share of the gap between backup and oracle that the final iterate closes (1: as good as the
-    oracle).
-    """
+    """See :func:`scpo_bench.leaderboard.references.gap_closed`."""
 
-    # during training
+    # During training.
     updates: int
     evaluated_iterates: int
     violating_iterates: int
-    violating_iterate_share: float
-    """Of the evaluated iterates."""
-    updates_over_limit: int
-    """Updates with C_k > d."""
     updates_over_limit_share: float
     """Of the updates in which an episode finished."""
     training_episodes: int
     violating_episodes: int
-    violating_episode_share: float
     violating_steps: int
-    violating_step_share: float
     cumulative_excess: float
     """sum_k n_k max(0, C_k - d): nothing is bought back by updates below the limit."""
-    training_cost: float
-    """Cost of all interaction steps."""
     probe_violations: int
 
-    # worst case
+    # Worst case.
     max_excess: float
     """max_k max(0, C_k - d)."""
     max_excess_ratio: float
@@ -97,17 +76,17 @@ class RunMetrics:
     worst_iterate_value: float
     worst_training_value: float
 
-    # timing
+    # Timing.
     first_violating_update: float
     first_violating_step: float
     """Interaction steps at that update."""
     safe_from_update: float
-    """First evaluated update from which on nothing violates: 0 if nothing ever does, never if the
-    last iterate does.
-    """
-    safe_from_step: float
+    """First evaluated update from which on nothing violates.
 
-    # trust
+    0 if nothing ever does, never if the last evaluated iterate does.
+    """
+
+    # Trust.
     interaction_steps: int
     probe_steps: int
     wall_time_s: float
@@ -127,13 +106,6 @@ def _last(updates: pd.DataFrame) -> pd.Series:
     return pd.Series(math.nan, index=_FIELDS) if updates.empty else updates.iloc[-1]
 
 
-def _time_of(updates: pd.DataFrame) -> tuple[float, float]:
-    """(update, interaction steps) of the first of these updates; never if there is none."""
-    if updates.empty:
-        return NEVER, NEVER
-    return float(updates["update"].iloc[0]), float(updates["interaction_steps"].iloc[0])
-
-
 def longest_run(flags: Iterable[bool]) -> int:
     """Length of the longest unbroken stretch of True."""
     return max((sum(stretch) for _, stretch in groupby(map(int, flags))), default=0)
@@ -142,13 +114,12 @@ def longest_run(flags: Iterable[bool]) -> int:
 def episode_cost_cvar(
     counts: Floats, means: Floats, maxima: Floats, level: float = 0.95
 ) -> tuple[float, float]:
-    """(lower, upper) bound of the CVaR of episode cost, where each update recorded only n_k, C_k
-    and the largest cost M_k.
+    """(lower, upper) bound of the CVaR of episode cost, from n_k, C_k and the largest cost M_k.
 
-    counts, means, maxima: [updates], all with n_k > 0. CVaR respects the convex order. Replacing an
-    update's episodes by their mean lowers it; spreading them to the ends 0 and M_k with the same
-    mean raises it, and costs lie in [0, M_k]. The bounds agree where an update finishes a single
-    episode. (nan, nan) without episodes.
+    counts, means, maxima: [updates], all with n_k > 0. CVaR respects the convex order: replacing
+    the episodes of an update by their mean lowers it, and moving them to the ends 0 and M_k with
+    the same mean raises it, since costs lie in [0, M_k]. The bounds agree where every update
+    finishes a single episode. (nan, nan) without episodes.
     """
     if not counts.size:
         return math.nan, math.nan
@@ -174,11 +145,13 @@ def measure(
 
     evaluated = rest[rest["iterate_violates"].notna()]
     violating = evaluated[evaluated["iterate_violates"] == 1]
-    first = safe_from = (math.nan, math.nan)
-    if len(evaluated):
-        first, safe_from = _time_of(violating), (0.0, 0.0)
+    first_update = first_step = safe_from = math.nan
     if len(violating):
-        safe_from = _time_of(evaluated.loc[violating.index[-1] + 1 :])
+        first_update, first_step = violating.iloc[0][["update", "interaction_steps"]]
+        after = evaluated.loc[violating.index[-1] + 1 :, "update"]
+        safe_from = after.iloc[0] if len(after) else NEVER
+    elif len(evaluated):
+        first_update, first_step, safe_from = NEVER, NEVER, 0.0
 
     finished = rest[(rest["episodes"] > 0) & rest["cost_mean"].notna()]
     n, C = finished["episodes"], finished["cost_mean"]
@@ -191,15 +164,10 @@ def measure(
     collected = last["interaction_steps"] - start["interaction_steps"]
     return RunMetrics(
         start_return=start["iterate_return"],
-        start_cost=start["iterate_cost"],
         start_objective=start["iterate_objective"],
-        start_worst_value=start["iterate_worst_constraint_value"],
-        final_update=final["update"],
         final_return=final["iterate_return"],
         final_cost=final["iterate_cost"],
-        final_cost_ratio=_ratio(final["iterate_cost"], cost_limit),
         final_objective=final["iterate_objective"],
-        final_worst_value=final["iterate_worst_constraint_value"],
         final_violates=final["iterate_violates"],
         final_training_return=training["return_mean"],
         final_training_cost=training["cost_mean"],
@@ -207,16 +175,11 @@ def measure(
         updates=len(rest),
         evaluated_iterates=len(evaluated),
         violating_iterates=len(violating),
-        violating_iterate_share=_ratio(len(violating), len(evaluated)),
-        updates_over_limit=int((excess > 0).sum()),
         updates_over_limit_share=_ratio((excess > 0).sum(), len(finished)),
         training_episodes=int(totals["episodes"]),
         violating_episodes=int(totals["violating_episodes"]),
-        violating_episode_share=_ratio(totals["violating_episodes"], totals["episodes"]),
         violating_steps=int(totals["violating_steps"]),
-        violating_step_share=_ratio(totals["violating_steps"], collected),
         cumulative_excess=(n * excess).sum(),
-        training_cost=totals["cost_sum"],
         probe_violations=int(last["probe_violations"]),
         max_excess=excess.max(),
         max_excess_ratio=_ratio(excess.max(), cost_limit),
@@ -225,10 +188,9 @@ def measure(
         longest_violating_run=longest_run(evaluated["iterate_violates"] == 1),
         worst_iterate_value=rest["iterate_worst_constraint_value"].max(),
         worst_training_value=rest["worst_constraint_value"].max(),
-        first_violating_update=first[0],
-        first_violating_step=first[1],
-        safe_from_update=safe_from[0],
-        safe_from_step=safe_from[1],
+        first_violating_update=first_update,
+        first_violating_step=first_step,
+        safe_from_update=safe_from,
         interaction_steps=int(last["interaction_steps"]),
         probe_steps=int(last["probe_steps"]),
         wall_time_s=last["wall_time_s"],

@@ -163,18 +163,19 @@ def _markdown_text(text: str) -> str:
     return "".join(f"\\{c}" if c in "\\`*_[]|#~!" else c for c in text.replace("\n", " "))
 
 
-def _markdown(table: pd.DataFrame, title: str) -> str:
-    def line(cells: Sequence[str]) -> str:
-        return f"| {' | '.join(map(_markdown_text, cells))} |"
+def markdown_table(headings: list[str], left: list[bool], cells: list[list[str]]) -> list[str]:
+    """The lines of a Markdown table."""
+    lines = [f"| {' | '.join(map(_markdown_text, row))} |" for row in (headings, *cells)]
+    return [lines[0], "|" + "|".join(":---" if one else "---:" for one in left) + "|", *lines[1:]]
 
+
+def _markdown(table: pd.DataFrame, title: str) -> str:
     lines = [f"## {_markdown_text(printable(title))}", ""] if title else []
     for section in sections(table, title):
         lines += [f"### {_markdown_text(section.title)}", ""]
         if section.caption:
             lines += [f"{_markdown_text(section.caption.capitalize())}.", ""]
-        lines += [line(section.headings)]
-        lines += ["|" + "|".join(":---" if left else "---:" for left in section.left) + "|"]
-        lines += [*map(line, section.cells), ""]
+        lines += [*markdown_table(section.headings, section.left, section.cells), ""]
     lines += [f"- {_markdown_text(note)}" for note in notes(table)]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -239,14 +240,13 @@ def _csv_text(text: str) -> str:
 
 
 def _csv(table: pd.DataFrame, title: str) -> str:
-    shown = [column for column in COLUMNS if column.heading]
-    names = [column.name for column in COLUMNS] + [f"{column.name}_text" for column in shown]
+    names = [c.name for c in COLUMNS] + [f"{c.name}_text" for c in COLUMNS if c.heading]
+    # Only these can hold text from a record. Numbers may begin with a minus sign.
+    escaped = {name for c in COLUMNS if c.left for name in (c.name, f"{c.name}_text")}
     rows = []
     for raw, row in zip(plain_rows(table), _rows(table)):
-        cells = [_csv_text(v) if isinstance(v, str) else v for v in raw.values()]
-        # Numbers may begin with a minus sign.
-        cells += [_csv_text(t) if c.left else t for c in shown if (t := cell_text(c, row))]
-        rows.append(cells)
+        cells = raw | {f"{name}_text": text for name, text in _texts(row).items()}
+        rows.append({n: _csv_text(cells[n]) if n in escaped else cells[n] for n in names})
     return str(pd.DataFrame(rows, columns=names, dtype=object).to_csv(index=False))
 
 

@@ -96,7 +96,6 @@ def reference_of(cell: Cell, references: dict[str, dict[str, Any]]) -> dict[str,
 
 
 _CELL = ("task", "agent", "seed", "steps", "cost_limit")
-_OUTCOME = ["final_cost", "final_cost_ratio", "final_violates", "final_worst_value"]
 _IDENTITY = ("suite", *_CELL, "setup", "key", "status", "error", "reference", "provenance")
 
 
@@ -172,7 +171,7 @@ def _put_at_the_floor(task: pd.DataFrame) -> None:
     worst = float(task[["final_objective", "start_objective"]].max().max())
     task.loc[unfinished, "final_objective"] = worst
     task.loc[unfinished, "final_return"] = task[["final_return", "start_return"]].min().min()
-    task.loc[unfinished, _OUTCOME] = math.nan
+    task.loc[unfinished, ["final_cost", "final_violates"]] = math.nan
     closed = task["reference"].map(lambda reference: gap_closed(worst, reference))
     task["gap_closed"] = task["gap_closed"].mask(unfinished, closed)
 
