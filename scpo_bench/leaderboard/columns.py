@@ -11,7 +11,6 @@ import math
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import pandas as pd
@@ -19,7 +18,6 @@ import pandas as pd
 from scpo_bench.leaderboard.ranking import NO_RESULT, VERDICTS, verdict_of
 from scpo_bench.leaderboard.statistics import (
     PRELIMINARY_BELOW,
-    Estimate,
     censored_quantile,
     iqm_interval,
     mean_interval,
@@ -39,30 +37,12 @@ class Group:
         self.first = runs.iloc[0]
         self.finished = runs[runs["status"] == "finished"]
         self.limit = float(self.first["cost_limit"])
+        self.score = iqm_interval([runs["score"].dropna()])
+        self.gap_closed = iqm_interval([runs["gap_closed"].dropna()])
+        self.return_final = iqm_interval([runs["final_return"].dropna()])
+        self.cost_final = mean_interval(self.finished["final_cost"].dropna())
         self.feasible_seeds = int((self.finished["final_violates"] == 0).sum())
-
-    def _iqm(self, metric: str) -> Estimate:
-        return iqm_interval([self.runs[metric].dropna()])
-
-    @cached_property
-    def score(self) -> Estimate:
-        return self._iqm("score")
-
-    @cached_property
-    def gap_closed(self) -> Estimate:
-        return self._iqm("gap_closed")
-
-    @cached_property
-    def return_final(self) -> Estimate:
-        return self._iqm("final_return")
-
-    @cached_property
-    def cost_final(self) -> Estimate:
-        return mean_interval(self.finished["final_cost"].dropna())
-
-    @cached_property
-    def feasible_share(self) -> Estimate:
-        return wilson(self.feasible_seeds, len(self.runs))
+        self.feasible_share = wilson(self.feasible_seeds, len(runs))
 
 
 @dataclass(frozen=True)
