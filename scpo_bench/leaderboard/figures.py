@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from scpo_bench.leaderboard.references import load_references
-from scpo_bench.leaderboard.render import printable, tasks
+from scpo_bench.leaderboard.render import tasks
 from scpo_bench.leaderboard.tables import (
     Aggregate,
     Record,
@@ -26,6 +26,7 @@ from scpo_bench.leaderboard.tables import (
     profile_range,
     reference_of,
 )
+from scpo_bench.leaderboard.text import printable
 from scpo_bench.records.schema import Cell, Update
 
 Floats = npt.NDArray[np.float64]
@@ -56,12 +57,13 @@ class Style:
 
 
 REFERENCE = Style("#7A7A7A", (4.0, 2.0))
-BREACH = Style("#B00020")
+BREACH = Style("#D01C3F")
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line, staircase or set of points, with a band from ``low`` to ``high`` if these are given.
+    """One line, staircase or set of points, perhaps with a band from ``low`` to ``high``.
+
     All lists are [points]; a step holds from its x to the next.
     """
 
@@ -206,11 +208,10 @@ def _rounded(values: npt.ArrayLike) -> list[float]:
 
 
 def _line(name: str, style: Style, x: Floats, *curves: Floats) -> Series:
-    """``curves``: the line, or the lower end of its band, the line and the upper end."""
+    """``curves``: the lower end of the band, the line and the upper end."""
     kept = np.arange(0, x.size, math.ceil(x.size / MAX_POINTS) or 1)
-    low, y, high = curves if len(curves) == 3 else (None, curves[0], None)
-    thinned = [[] if curve is None else _rounded(curve[kept]) for curve in (y, low, high)]
-    return Series(printable(name), style, _rounded(x[kept]), *thinned)
+    low, y, high = (_rounded(curve[kept]) for curve in curves)
+    return Series(printable(name), style, _rounded(x[kept]), y, low, high)
 
 
 def quartiles(name: str, style: Style, curves: Sequence[Floats]) -> Series:
@@ -228,8 +229,7 @@ def percentage(name: str, style: Style, curves: Sequence[Floats]) -> Series:
 
 
 def asinh_ticks(low: float, high: float) -> list[float]:
-    """0 and powers of ten from +-0.1 on, with -0.02; with 0.02, 0.05, 0.2, 0.5 where there is room.
-    """
+    """Powers of ten, 0 and -0.02; within [-1, 1] also 2 and 5 times these."""
     tens = [10.0**k for k in range(-1, math.floor(math.log10(max(-low, high, 0.1))) + 1)]
     tens = tens[:: math.ceil(len(tens) / 5)]
     coarse = [*(-size for size in reversed(tens)), -LINEAR_WIDTH, 0.0, *tens]
@@ -239,38 +239,34 @@ def asinh_ticks(low: float, high: float) -> list[float]:
 
 
 def panel(
-    title: str, y_label: str, series: Sequence[Series], *, signed: bool = False, **fields: Any
+    title: str, y_label: str, series: Sequence[Series], scale: str = "linear", **fields: Any
 ) -> Panel:
-    """A panel that shows its series, limit and marks; ``signed``: of constraint values."""
+    """A panel that shows its series, limit and marks. scale: "linear", "asinh" or "percent"."""
     drawn = [one for one in series if one.x]
     fixed = [*fields.get("marks", {}).values()]
     fixed += [fields["limit"]] if fields.get("limit") is not None else []
     values = np.array([v for one in drawn for v in (*one.y, *one.low, *one.high)] or fixed or [0.0])
-    if signed:
+    if scale == "asinh":
         ends = np.arcsinh(np.array([values.min(), values.max(), *fixed]) / LINEAR_WIDTH)
         pad = 0.06 * (np.ptp(ends) or 1.0)
-        bounds = LINEAR_WIDTH * np.sinh([ends.min() - pad, ends.max() + pad])
-        fields |= {"linear_width": LINEAR_WIDTH, "ticks": asinh_ticks(*bounds)}
+        low, high = LINEAR_WIDTH * np.sinh([ends.min() - pad, ends.max() + pad])
+        fields |= {"linear_width": LINEAR_WIDTH, "ticks": asinh_ticks(low, high)}
+    elif scale == "percent":
+        low, high = -3.0, 103.0
+        fields["ticks"] = (0.0, 25.0, 50.0, 75.0, 100.0)
     else:
         low, high, largest = robust_range(values, fixed)
         pad = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
-        bounds = np.array([low - pad, high + pad])
+        low, high = low - pad, high + pad
         if largest is not None:
             fields["note"] = f"off the scale, up to {largest:.3g}"
-    shown = _rounded(bounds)
-    return Panel(title, y_label, drawn, (shown[0], shown[1]), _x_bounds(drawn), **fields)
-
-
-def percent_panel(title: str, y_label: str, series: Sequence[Series], **fields: Any) -> Panel:
-    ticks, bounds = (0.0, 25.0, 50.0, 75.0, 100.0), (-3.0, 103.0)
-    x_bounds = _x_bounds(series)
-    return Panel(title, y_label, list(series), bounds, x_bounds, ticks=ticks, **fields)
-
-
-def _x_bounds(series: Sequence[Series]) -> tuple[float, float]:
-    ends = [x for one in series for x in (one.x[0], one.x[-1])] or [0.0]
-    pad = (0.05 if any(len(one.x) == 1 for one in series) else 0.01) * np.ptp(ends) or 1.0
-    return min(ends) - pad, max(ends) + pad
+    x = np.array([v for one in drawn for v in one.x] or [0.0])
+    # Single points must not lie on the frame.
+    x_pad = (0.05 if any(len(one.x) == 1 for one in drawn) else 0.01) * np.ptp(x) or 1.0
+    bounds, x_bounds = _rounded([low, high]), _rounded([x.min() - x_pad, x.max() + x_pad])
+    return Panel(
+        title, y_label, drawn, (bounds[0], bounds[1]), (x_bounds[0], x_bounds[1]), **fields
+    )
 
 
 # Figures.
@@ -301,28 +297,25 @@ def task_panels(
             marks=marks,
         )
     else:
-        first = panel(
-            "Return (higher is better)", "return", of_all("iterate_return")
-        )
+        first = panel("Return (higher is better)", "return", of_all("iterate_return"))
     if measured("iterate_worst_constraint_value"):
         second = panel(
             "Constraints (violated above 0)",
             "worst constraint value",
             of_all("iterate_worst_constraint_value"),
+            "asinh",
             limit=0.0,
-            signed=True,
         )
     else:
-        limit = max(cell.cost_limit for cell in cells)
+        limit = cells[0].cost_limit
         second = panel(
             f"Cost (limit {limit:g})",
             "cost per episode",
             of_all("iterate_cost"),
             limit=limit,
         )
-    third = percent_panel(
-        "Violations", "seeds that violate, %", of_all("iterate_violates", percentage)
-    )
+    violating = of_all("iterate_violates", percentage)
+    third = panel("Violations", "seeds that violate, %", violating, "percent")
     return [first, second, third]
 
 
@@ -356,7 +349,7 @@ def certificate_panels(runs: Sequence[RunCurves], style: Style) -> list[Panel]:
         ]
         above = f"{broken.sum() or 'none'} of {(~np.isnan(realised)).sum()} above the bound"
         title = f"“{printable(name, 60)}”: {above}"
-        panels.append(panel(title, "constraint value", series, limit=0.0, signed=True))
+        panels.append(panel(title, "constraint value", series, "asinh", limit=0.0))
     return [*panels, _projection_panel(runs, style)]
 
 
@@ -409,25 +402,20 @@ def pareto_panel(rows: Sequence[dict[str, Any]], styles: Styles) -> Panel | None
 
 
 def profile_panel(aggregates: Sequence[Aggregate], styles: Styles) -> Panel:
-    """Which share of an agent's runs closes more of the gap than so much, with its pointwise band."""
+    """Which share of an agent's runs closes more than x of the gap, with its pointwise band."""
     drawn = profile_range(aggregates)
     series = []
     for a in sorted(aggregates, key=lambda a: list(styles).index(a.agent)):
         curves = (a.profile.thresholds, a.profile.low, a.profile.share, a.profile.high)
         series.append(_line(a.agent, styles[a.agent], *(100 * np.array(c[drawn]) for c in curves)))
     title = f"Performance profile over {max(a.tasks for a in aggregates)} tasks"
-    return percent_panel(title, "runs that close more, %", series, x_label="gap closed, %")
+    return panel(title, "runs that close more, %", series, "percent", x_label="gap closed, %")
 
 
-def labels(runs: pd.DataFrame) -> list[str]:
-    """The agent of each run as the table names it: with a suffix where set-ups differ."""
-    if runs.empty:
-        return []
-    several = runs.groupby(["suite", "task", "agent"])["setup"].transform("nunique") > 1
-    return [
-        f"{agent} #{setup[:4]}" if many else str(agent)
-        for agent, setup, many in zip(runs["agent"], runs["setup"], several)
-    ]
+def runs_of(row: dict[str, Any], runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs that a row of the leaderboard summarises."""
+    same = [runs[name] == row[name] for name in ("suite", "task", "setup")]
+    return runs[np.logical_and.reduce(same)].sort_values("seed")
 
 
 def suite_figures(
@@ -448,18 +436,15 @@ def suite_figures(
             curves[record.run.suite, record.run.key] = run
 
     runs = load(results, suite, planned, references, keep)
-    runs["label"] = labels(runs)
     table = leaderboard(runs)
-    styles = agent_styles(sorted(set(runs["label"])))
+    styles = agent_styles([str(agent) for agent in table["agent"]])
     figures = []
     for name, task, rows in tasks(table):
-        own = runs[(runs["suite"] == name) & (runs["task"] == task)]
         groups: Groups = {}
-        for agent in sorted(set(own["label"]), key=list(styles).index):
-            keys = own.loc[own["label"] == agent, "key"]
-            found = [curves[name, key] for key in keys if (name, key) in curves]
-            if found:
-                groups[agent] = found
+        for row in sorted(rows, key=lambda row: list(styles).index(row["agent"])):
+            keys = runs_of(row, runs)["key"]
+            if found := [curves[name, key] for key in keys if (name, key) in curves]:
+                groups[row["agent"]] = found
         figures += _figures_of_task(name, task, rows, groups, styles, references)
     for name, aggregates in table.attrs["aggregates"].items():
         title = f"All tasks of {printable(name)} with committed constants"

@@ -9,9 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from scpo_bench.leaderboard.figures import BREACH, REFERENCE, Figure, Panel, suite_figures
+from scpo_bench.leaderboard.figures import (
+    BREACH,
+    REFERENCE,
+    Figure,
+    Panel,
+    Series,
+    suite_figures,
+)
 from scpo_bench.records.schema import Cell
 
 if TYPE_CHECKING:
@@ -24,7 +29,6 @@ METADATA: dict[str, dict[str, Any]] = {"svg": {"Date": None}, "pdf": {"CreationD
 STYLE: dict[Any, Any] = {
     "font.size": 9.0,
     "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
     "axes.labelcolor": "#333333",
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -118,6 +122,8 @@ def draw(figure: Figure) -> Canvas:
 
 
 def draw_panel(axes: Axes, panel: Panel) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     low, high = panel.bounds
     if panel.linear_width is not None:
         axes.set_yscale("asinh", linear_width=panel.linear_width)
@@ -125,35 +131,40 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
         axes.set_yticks(panel.ticks, [f"{tick:g}" for tick in panel.ticks])
         axes.minorticks_off()
     for i, series in enumerate(panel.series):
-        look = {"color": series.style.color, "label": series.name, "zorder": 3 - 0.01 * i}
-        if series.kind == "points":
-            breach = series.style == BREACH
-            marker = {"marker": "x", "ms": 4, "alpha": 0.6} if breach else {"marker": "o", "ms": 7}
-            axes.plot(series.x, series.y, linestyle="", **marker, **look)
-            continue
-        if series.low:
-            axes.fill_between(
-                series.x, series.low, series.high, color=series.style.color, alpha=0.18, linewidth=0
-            )
-        dashes = (0, series.style.dashes) if series.style.dashes else "-"
-        steps = "steps-post" if series.kind == "steps" else "default"
-        marker = {"marker": "."} if len(series.x) == 1 else {}
-        width = 1.1 if series.kind == "steps" else 1.6
-        axes.plot(series.x, series.y, lw=width, ls=dashes, drawstyle=steps, **marker, **look)
-    lines = {name: (value, REFERENCE.color, (0, (2, 2))) for name, value in panel.marks.items()}
+        _draw_series(axes, series, zorder=3 - 0.01 * i)  # the first one on top
+    lines: list[tuple[str, float, str, Any]] = [
+        (name, value, REFERENCE.color, (0, (2, 2))) for name, value in panel.marks.items()
+    ]
     if panel.limit is not None:
-        lines["limit"] = (panel.limit, BREACH.color, "-")
+        lines.append(("limit", panel.limit, BREACH.color, "-"))
         axes.axhspan(panel.limit, high, color=BREACH.color, alpha=0.06, linewidth=0)
-    for name, (value, color, dashes) in lines.items():
+    # The names stand right of the axes, where they cover no data.
+    place: dict[str, Any] = {
+        "xycoords": ("axes fraction", "data"),
+        "xytext": (3, 0),
+        "textcoords": "offset points",
+    }
+    for name, value, color, dashes in lines:
         axes.axhline(value, color=color, linewidth=1.1, linestyle=dashes, zorder=2)
-        # Right of the axes, where it covers no data.
-        place = {"xytext": (3, 0), "textcoords": "offset points", "va": "center", "fontsize": 8}
-        axes.annotate(name, (1.0, value), xycoords=("axes fraction", "data"), color=color, **place)
-    axes.set_ylim(low, high)
-    axes.set_title(panel.title)
-    axes.set_ylabel(panel.y_label)
-    axes.set_xlabel(panel.x_label)
-    axes.set_xlim(panel.x_bounds)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    if panel.note:
-        axes.set_title(panel.note, loc="right", fontsize=8, color="#555555")
+        axes.annotate(name, (1.0, value), color=color, va="center", fontsize=8, **place)
+    axes.set(ylim=(low, high), xlim=panel.x_bounds, ylabel=panel.y_label, xlabel=panel.x_label)
+    axes.set_title(panel.title, loc="left")
+    axes.set_title(panel.note, loc="right", fontsize=8, color="#555555")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _draw_series(axes: Axes, series: Series, zorder: float) -> None:
+    given: dict[str, Any] = {"label": series.name, "color": series.style.color, "zorder": zorder}
+    if series.kind == "points":
+        given |= {"linestyle": "", "marker": "o", "markersize": 7}
+        if series.style == BREACH:
+            given |= {"marker": "x", "markersize": 4, "alpha": 0.6}
+    else:
+        given["linestyle"] = (0, series.style.dashes) if series.style.dashes else "-"
+        given["marker"] = "." if len(series.x) == 1 else ""
+        if series.kind == "steps":
+            given |= {"drawstyle": "steps-post", "linewidth": 1.1}
+    axes.plot(series.x, series.y, **given)
+    if series.low:
+        color = series.style.color
+        axes.fill_between(series.x, series.low, series.high, color=color, alpha=0.18, linewidth=0)

@@ -21,19 +21,12 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from scpo_bench.leaderboard.figures import Figure, agent_styles, suite_figures
-from scpo_bench.leaderboard.render import (
-    _AGGREGATE_TITLE,
-    _aggregate_rows,
-    _limit,
-    headline,
-    notes,
-    number,
-    percent,
-    printable,
-    tasks,
-)
-from scpo_bench.leaderboard.tables import COLUMNS, VERDICTS, seed_ranges
+from scpo_bench.leaderboard.columns import COLUMNS, Column, Row, cell_text, shown
+from scpo_bench.leaderboard.figures import Figure, agent_styles, runs_of, suite_figures
+from scpo_bench.leaderboard.ranking import VERDICTS
+from scpo_bench.leaderboard.render import _aggregate_rows, _limit, notes, tasks
+from scpo_bench.leaderboard.tables import seed_ranges
+from scpo_bench.leaderboard.text import number, printable
 from scpo_bench.records.schema import Cell
 
 TONES = dict(zip(VERDICTS, ("good", "middle", "middle", "bad", "bad")))
@@ -59,67 +52,61 @@ def render_page(
     same text.
     """
     runs, table, figures = suite_figures(results, suite, planned, references)
-    styles = agent_styles([str(agent) for agent in table["agent"]])
     numbered = list(enumerate(figures))
-    sections = []
-    for name, task, rows in tasks(table):
-        columns = headline(rows)
-        sections.append(
-            {
-                "anchor": f"section-{len(sections)}",
-                "title": printable(task) if suite else f"{printable(task)}, {printable(name)}",
-                "subtitle": _limit(rows),
-                "headings": [
-                    {"words": c.words, "align": "left" if c.left else "", "meaning": ""}
-                    for c in columns
-                ],
-                "rows": [],
-                "figures": [(i, f) for i, f in numbered if (f.suite, f.task) == (name, task)],
-            }
-        )
-        for row in rows:
-            own = runs[(runs["suite"] == name) & (runs["task"] == task) & (runs["label"] == row["agent"])]
-            sections[-1]["rows"].append(
-                {
-                    "agent": printable(row["agent"]),
-                    "style": styles[row["agent"]],
-                    "cells": [
-                        {
-                            "text": c.cell(row),
-                            "key": "",
-                            "tone": TONES[row["verdict"]] if c.heading == "verdict" else "",
-                        }
-                        for c in columns
-                    ],
-                    "details": _details(row, own),
-                }
-            )
+
+    def figures_of(name: str, task: str) -> list[tuple[int, Figure]]:
+        return [
+            (i, figure) for i, figure in numbered if (figure.suite, figure.task) == (name, task)
+        ]
+
+    sections = [
+        {
+            "title": printable(task) if suite else f"{printable(task)}, suite {printable(name)}",
+            "subtitle": _limit(rows),
+            "columns": shown(rows),
+            "rows": rows,
+            "figures": figures_of(name, task),
+        }
+        for name, task, rows in tasks(table)
+    ]
+    overall = [
+        (f"All tasks of {printable(name)}", *_aggregate_rows(found), figures_of(name, ""))
+        for name, found in table.attrs["aggregates"].items()
+    ]
     return _assemble(
         title=printable(title or suite or "leaderboard"),
-        styles={printable(name): style for name, style in styles.items()},
+        styles=agent_styles(list(table["agent"])),
         sections=sections,
+        overall=overall,
         figures=[asdict(figure) for figure in figures],
         notes=notes(table),
+        details=lambda row: _details(runs_of(row, runs)),
     )
 
 
-def _details(row: dict[str, Any], runs: pd.DataFrame) -> dict[str, Any]:
-    """What a row shows when it is opened: every column, and its runs with their provenance."""
-    runs = runs.sort_values("seed")
-    provenance: dict[str, list[int]] = {}
-    for seed, status, recorded in zip(runs["seed"], runs["status"], runs["provenance"]):
-        if status != "missing":
-            text = json.dumps(recorded, indent=1, sort_keys=True)[:MAX_PROVENANCE]
-            provenance.setdefault(text, []).append(int(seed))
-    return {
-        "command": row["command"],
-        "columns": [],
-        "run_fields": RUN_FIELDS,
-        "runs": [
-            [printable(v) if isinstance(v, str) else number(float("nan" if v is None else v)) for v in run] for run in runs[list(RUN_FIELDS)].to_numpy().tolist()
-        ],
-        "provenance": [(seed_ranges(seeds), text) for text, seeds in provenance.items()],
-    }
+def sort_key(column: Column, row: Row) -> str:
+    """The raw value that a cell is sorted by; empty where nothing was measured."""
+    value = row[column.name]
+    if column.name == "verdict":
+        return str(list(VERDICTS).index(value))
+    if isinstance(value, float):
+        return "" if math.isnan(value) else "Infinity" if math.isinf(value) else repr(value)
+    return printable(value)
+
+
+def _details(runs: pd.DataFrame) -> tuple[list[list[str]], dict[str, str]]:
+    """(the cells of :data:`RUN_FIELDS` per run, what was recorded -> seeds that recorded it)."""
+    cells = [
+        [printable(v) if isinstance(v, str) else number(math.nan if v is None else v) for v in run]
+        for run in runs[list(RUN_FIELDS)].itertuples(index=False)
+    ]
+    recorded = runs[runs["status"] != "missing"]
+    # Seeds that ran in the same place share one entry.
+    provenance = recorded["provenance"].map(
+        lambda found: json.dumps(found, indent=1, sort_keys=True)[:MAX_PROVENANCE]
+    )
+    seeds = recorded["seed"].groupby(provenance, sort=False)
+    return cells, {str(text): seed_ranges(own.tolist()) for text, own in seeds}
 
 
 def _assemble(**content: Any) -> str:
@@ -135,6 +122,10 @@ def _assemble(**content: Any) -> str:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    environment.globals |= {
+        **{"COLUMNS": COLUMNS, "RUN_FIELDS": RUN_FIELDS, "TONES": TONES},
+        **{"cell_text": cell_text, "sort_key": sort_key, "printable": printable},
+    }
     return environment.from_string(text("page.html.jinja")).render(
         policy="default-src 'none'; base-uri 'none'; form-action 'none'; "
         f"style-src {_hash(style)}; script-src {_hash(script)}",
