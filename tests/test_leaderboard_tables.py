@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import json
 import math
@@ -10,11 +11,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 from rich.console import Console
+from rich.table import Table
 from synthetic_records import (
     GOAL,
     IMITATION,
@@ -29,11 +32,19 @@ from synthetic_records import (
 
 from scpo_bench.leaderboard import tables
 from scpo_bench.leaderboard.metrics import measure
-from scpo_bench.leaderboard.render import count, number, percent, print_table, printable, render
+from scpo_bench.leaderboard import ranking
+from scpo_bench.leaderboard.aggregate import aggregate
+from scpo_bench.leaderboard.columns import COLUMNS, cell_text, command_of
+from scpo_bench.leaderboard.columns import shown as columns_of
+from scpo_bench.leaderboard.metrics import METRICS
+from scpo_bench.leaderboard.render import print_table, render, tasks
 from scpo_bench.leaderboard.statistics import iqm_interval
-from scpo_bench.leaderboard.tables import COLUMNS, aggregate, leaderboard, load, read_records
+from scpo_bench.leaderboard.tables import leaderboard, load, read_records, setup_of
+from scpo_bench.leaderboard.text import count, number, percent, printable
 from scpo_bench.records.files import UPDATES_FILE
 from scpo_bench.records.schema import Cell, Update
+
+NAMES = [column.name for column in COLUMNS]
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +82,12 @@ def row_of(table: pd.DataFrame, task: str, agent: str) -> pd.Series:
 
 
 def test_runs_are_the_metrics_of_their_records(suite, runs):
-    """The table of runs must not compute anything of its own: each row is measure() of its updates.
-    """
+    """The table of runs must not compute anything of its own: each row is measure() of its updates."""
     assert len(runs) == 29
     for _, run in runs[runs["status"] == "finished"].iterrows():
         cell = synthetic_cell(run["agent"], run["task"], run["seed"], 30)
         expected = measure(synthetic_updates(cell, 30), cell.cost_limit, REFERENCES.get(cell.task))
-        for name in tables.METRICS:
+        for name in METRICS:
             np.testing.assert_equal(run[name], float(getattr(expected, name)), err_msg=name)
 
 
@@ -138,9 +148,9 @@ def test_feasibility_comes_before_the_score(table):
     """ppo and sgd reach a lower loss than scpo here and must stand below it: they violate."""
     for task in (IMITATION, REGRESSION):
         first = table[table["task"] == task].iloc[0]
-        assert (first["agent"], first["verdict"], first["rank"]) == ("scpo", tables.SAFE, 1)
+        assert (first["agent"], first["verdict"], first["rank"]) == ("scpo", ranking.SAFE, 1)
         order = [
-            list(tables.VERDICTS).index(v) for v in table.loc[table["task"] == task, "verdict"]
+            list(ranking.VERDICTS).index(v) for v in table.loc[table["task"] == task, "verdict"]
         ]
         assert order == sorted(order)
 
@@ -163,7 +173,8 @@ def made_up(
         }
         rows.append(
             {
-                **tables._row("s", cell, "finished", None),
+                **cell.model_dump(include={"task", "agent", "seed", "steps", "cost_limit"}),
+                **{"suite": "s", "setup": setup_of(cell), "status": "finished", "error": None},
                 **metrics.__dict__,
                 "key": cell.key(),
                 **more,
@@ -189,14 +200,14 @@ def test_overlapping_intervals_are_a_tie_but_not_a_chain():
 @pytest.mark.parametrize(
     ("costs", "violates", "verdict"),
     [
-        ([10.0] * 10, 0.0, tables.SAFE),
-        ([10.0] * 10, 1.0, tables.UNSAFE),  # every final iterate violates
+        ([10.0] * 10, 0.0, ranking.SAFE),
+        ([10.0] * 10, 1.0, ranking.UNSAFE),  # every final iterate violates
         (
             [20.0, 21, 22, 23, 24, 25, 26, 27, 28, 29],
             0.0,
-            tables.UNDECIDED,
+            ranking.UNDECIDED,
         ),  # mean 24.5, and 25 within the interval
-        ([30.0, 31, 32, 33, 34, 35, 36, 37, 38, 39], 0.0, tables.UNSAFE),
+        ([30.0, 31, 32, 33, 34, 35, 36, 37, 38, 39], 0.0, ranking.UNSAFE),
     ],
 )
 def test_safe_needs_the_upper_confidence_bound_within_the_limit(costs, violates, verdict):
@@ -207,11 +218,10 @@ def test_safe_needs_the_upper_confidence_bound_within_the_limit(costs, violates,
 
 
 def test_verdict_tells_the_way_from_the_end(runs):
-    """An agent whose last iterates are feasible but that violated before is not "safe throughout".
-    """
+    """An agent whose last iterates are feasible but that violated before is not "safe throughout"."""
     made = made_up("a", [1.0] * 10)
     made["violating_iterates"] = 1.0
-    assert leaderboard(made)["verdict"].tolist() == [tables.SAFE_AT_THE_END]
+    assert leaderboard(made)["verdict"].tolist() == [ranking.SAFE_AT_THE_END]
 
 
 def test_preliminary_below_ten_seeds(table):
@@ -293,7 +303,7 @@ def test_interrupted_and_running_runs_are_counted(tmp_path):
     table = leaderboard(load(tmp_path, "s", None, REFERENCES))
     row = table.iloc[0]
     assert (row["verdict"], row["seeds_planned"], row["seeds_unfinished"], row["seeds_failed"]) == (
-        tables.NO_RESULT,
+        ranking.NO_RESULT,
         3,
         2,
         1,
@@ -332,7 +342,7 @@ def test_nothing_there(tmp_path):
     """No records give an empty table in every format, not an exception."""
     table = leaderboard(load(tmp_path / "none", "s"))
     assert table.empty
-    assert list(table.columns) == list(COLUMNS)
+    assert list(table.columns) == list(NAMES)
     for format in ("md", "latex", "csv", "json"):
         assert render(table, format)
     print_table(table, Console(file=io.StringIO()))
@@ -345,10 +355,10 @@ def test_commands_are_quoted(runs, table):
     assert row_of(table, IMITATION, "sgd")["command"] == (
         f"scpo-bench run synthetic --agents sgd --tasks {IMITATION} --seeds 5"
     )
-    hostile = tables.command_of("s", "x; rm -rf ~", "t", 1, 1)
+    hostile = command_of("s", "x; rm -rf ~", "t", 1, 1)
     assert hostile == "scpo-bench run s --agents 'x; rm -rf ~' --tasks t --seeds 1"
     assert (
-        tables.command_of("compare-t", "a", "t", 3, 70)
+        command_of("compare-t", "a", "t", 3, 70)
         == "scpo-bench compare a --task t --seeds 3 --steps 70"
     )
 
@@ -416,13 +426,58 @@ def test_terminal_table_fits_120_columns(table):
 
 
 def test_csv_and_json_hold_every_column(table):
-    """What a reader of the table cannot see must be in the files."""
+    """The raw values, also of columns that tables do not show, must be in the files."""
     rows = list(csv.DictReader(io.StringIO(render(table, "csv"))))
-    assert list(rows[0]) == list(COLUMNS)
+    assert list(rows[0])[: len(NAMES)] == NAMES
     content = json.loads(render(table, "json"))
-    assert all(list(row) == list(COLUMNS) for row in content["rows"])
+    assert list(content["columns"]) == NAMES
+    assert all(list(row) == [*NAMES, "text"] for row in content["rows"])
     assert content["rows"][0]["objective_final"] is None
-    assert len(rows) == len(content["rows"]) == len(table)
+    for row, raw in zip(rows, content["rows"], strict=True):
+        assert row["gap_closed"] == ("" if raw["gap_closed"] is None else str(raw["gap_closed"]))
+        assert row["seeds_that_violated"] == str(raw["seeds_that_violated"])
+
+
+class Capture(Console):
+    """A console that keeps the tables printed to it."""
+
+    tables: list[Table]
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        (group,) = objects
+        self.tables = [part for part in group.renderables if isinstance(part, Table)]
+
+
+def test_a_cell_reads_the_same_everywhere(table):
+    """A reader who compares README (Markdown), terminal, CSV and JSON finds one text per cell.
+
+    README.md is this Markdown, as tests/test_documents.py checks.
+    """
+    console = Capture(file=io.StringIO())
+    print_table(table, console)
+    unescaped = html.unescape(render(table, "md").replace("\\", ""))
+    markdown = [
+        [line[2:-2].split(" | ") for line in block.splitlines()[2:]]
+        for block in unescaped.split("\n\n")
+        if block.startswith("| ")
+    ]
+    files = list(csv.DictReader(io.StringIO(render(table, "csv"))))
+    texts = [row["text"] for row in json.loads(render(table, "json"))["rows"]]
+    seen = []
+    for (_, _, rows), shown_in_md, shown in zip(tasks(table), markdown, console.tables):
+        columns = columns_of(rows)
+        terminal = list(zip(*([str(cell) for cell in column.cells] for column in shown.columns)))
+        for i, row in enumerate(rows):
+            at = len(seen)
+            cells = [cell_text(column, row) for column in columns]
+            assert list(terminal[i]) == shown_in_md[i] == cells
+            assert [files[at][f"{column.name}_text"] for column in columns] == cells
+            assert [texts[at][column.name] for column in columns] == cells
+            seen.append(cells)
+    assert len(seen) == len(table)
+    # Cells of every kind were among them.
+    assert {"never", "3/5", "unsafe †"} <= {cell for cells in seen for cell in cells}
+    assert any("→" in cell and "[" in cell for cells in seen for cell in cells)
 
 
 def test_rendering_is_repeatable(suite, table):
@@ -505,8 +560,7 @@ def test_numbers_read_well():
 
 
 def test_tables_need_neither_torch_nor_matplotlib():
-    """A leaderboard is read far from any training machine; importing torch would also cost seconds.
-    """
+    """A leaderboard is read far from any training machine; importing torch would also cost seconds."""
     code = (
         "import sys; from scpo_bench.leaderboard import tables, render, plots, page; from scpo_bench.submissions import verify;"
         "print([m for m in ('torch', 'stable_baselines3', 'matplotlib', 'mujoco') if m in sys.modules])"

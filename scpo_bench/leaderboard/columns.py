@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -27,7 +27,7 @@ from scpo_bench.leaderboard.statistics import (
 )
 from scpo_bench.leaderboard.text import UNKNOWN, count, interval, number, percent, printable, share
 
-Row = Mapping[str, Any]
+Row = dict[str, Any]
 """One row of the leaderboard: the raw value of every column under its name."""
 
 
@@ -277,6 +277,7 @@ COLUMNS: tuple[Column, ...] = (
     ),
     Column("tied", "yes or no", "another row has the same rank", None),
     _field("agent", "text", "agent; #xxxx tells two set-ups of one agent apart").shown("agent"),
+    _field("setup", "text", "hash of everything but the seed"),
     Column("seeds_planned", "seeds", "seeds planned or recorded", lambda g: len(g.runs)),
     _with_status(
         "seeds_finished", "seeds that finished with a consistent record", "finished"
