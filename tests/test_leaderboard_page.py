@@ -158,7 +158,7 @@ def test_licence_of_the_chart_library_is_in_the_page(page):
 
 def test_cells_are_the_texts_of_the_other_formats(records, page):
     """One cell, one text: page, Markdown and the column table agree, in every cell."""
-    _, table, _ = suite_figures(records, "s", PLANNED, REFERENCES)
+    table = suite_figures(records, "s", PLANNED, REFERENCES).table
     found = Outline(page).tables
     lines = [line for line in render(table, "md").splitlines() if line.startswith("|")]
     markdown = iter(line for line in lines if not line.startswith("|:") and "---" not in line)
@@ -202,7 +202,7 @@ def test_rows_sort_by_raw_values():
 
 def test_the_page_draws_the_figures_of_the_plots(records, page):
     """Both draw one specification: the page's data are its fields, and every panel has a place."""
-    _, _, figures = suite_figures(records, "s", PLANNED, REFERENCES)
+    figures = suite_figures(records, "s", PLANNED, REFERENCES).figures
     data = json.loads(Outline(page).raw["script"][0])
     assert data == json.loads(json.dumps([asdict(figure) for figure in figures]))
     places = [
@@ -435,7 +435,9 @@ def test_performance_profile(browser, tmp_path):
 def test_nothing_from_a_record_runs(opened):
     """The hostile name is on the page, in table and legend, as text."""
     assert "onerror=window.ran" in opened.value(f"{TABLE}.textContent")
-    assert "onerror=window.ran" in opened.value("document.querySelector('#task-2 .u-legend').textContent")
+    assert "onerror=window.ran" in opened.value(
+        "document.querySelector('#task-2 .u-legend').textContent"
+    )
     assert opened.value("typeof window.ran") == "undefined"
     assert opened.value("document.querySelectorAll('img').length") == 0
 
@@ -503,15 +505,17 @@ def test_charts_read_out_their_values_by_keyboard(opened):
     """Arrow keys move the cursor along the updates, and the legend says the values there."""
     focus(opened, ".u-over")
     rows = "[...document.activeElement.closest('.chart').querySelectorAll('.u-series:not(.band)')]"
-    values = f"{rows}.map(r => [...r.querySelectorAll('.u-label, .u-value')].map(e => e.textContent))"
-    for key, update in (("ArrowRight", "0"), ("ArrowRight", "1"), ("End", "12"), ("Home", "0")):
+    values = (
+        f"{rows}.map(r => [...r.querySelectorAll('.u-label, .u-value')].map(e => e.textContent))"
+    )
+    for key, update in (("ArrowRight", "0"), ("ArrowRight", "1"), ("Home", "0"), ("End", "12")):
         opened.press(key)
         time.sleep(0.1)
         assert opened.value(values)[0] == ["policy update", update]
     panel = json.loads(opened.value("document.getElementById('figures').textContent"))[0]["panels"][
         0
     ]
-    expected = {one["name"]: one["y"][0] for one in panel["series"]}
+    expected = {one["name"]: one["y"][-1] for one in panel["series"]}
     told = dict(opened.value(values)[1:])
     assert set(told) == set(expected)
     assert float(told["scpo"]) == pytest.approx(expected["scpo"], rel=5e-3)

@@ -28,6 +28,7 @@ from scpo_bench.leaderboard.figures import (
     RunCurves,
     Series,
     Style,
+    SuiteFigures,
     agent_styles,
     asinh_ticks,
     band,
@@ -250,7 +251,7 @@ def test_figures_of_a_suite(tmp_path):
     write_suite(tmp_path, "s", (IMITATION, REGRESSION), ("scpo", "sgd"), seeds=3, updates=6)
     tasks = (IMITATION, REGRESSION)
     planned = [synthetic_cell("ppo", task, seed, 6) for task in tasks for seed in range(3)]
-    found = suite_figures(tmp_path, "s", planned, REFERENCES)[2]
+    found = suite_figures(tmp_path, "s", planned, REFERENCES).figures
     assert [figure.name for figure in found] == [
         *(IMITATION, f"{IMITATION}-certificate-scpo", f"{IMITATION}-pareto"),
         *(REGRESSION, f"{REGRESSION}-certificate-scpo", f"{REGRESSION}-pareto"),
@@ -275,11 +276,27 @@ def test_two_setups_of_one_agent_are_two_lines(tmp_path):
         for config in ({}, {"learning_rate": 1.0}):
             cell = synthetic_cell("sgd", IMITATION, seed, 4, config=config)
             write_record(tmp_path / str(len(config)), "s", cell, synthetic_updates(cell, 4))
-    _, table, found = suite_figures(tmp_path, None, None, REFERENCES)
+    _, table, _, found = suite_figures(tmp_path, None, None, REFERENCES)
     names = [one.name for one in found[0].panels[0].series]
     assert len(names) == 2
     assert sorted(names) == sorted(table["agent"])
     assert all(name.startswith("sgd #") for name in names)
+
+
+def test_a_profile_joins_set_ups_and_needs_no_band(tmp_path):
+    """Aggregates know agents, not set-ups; with one seed per task there is no interval to draw."""
+    for task in (IMITATION, REGRESSION):
+        for i, config in enumerate(({}, {"a": 1})):
+            cell = synthetic_cell("mine", task, i, 4, config=config)
+            write_record(tmp_path, "s", cell, synthetic_updates(cell, 4))
+        cell = synthetic_cell("sgd", task, 0, 4)
+        write_record(tmp_path, "s", cell, synthetic_updates(cell, 4))
+    found = suite_figures(tmp_path, "s", None, REFERENCES)
+    mine, sgd = sorted(found.figures[-1].panels[0].series, key=lambda one: one.name)
+    assert (mine.name, sgd.name) == ("mine", "sgd")
+    assert (sgd.low, sgd.high) == ([], [])
+    assert len(mine.low) == len(mine.y) > 0
+    assert sum(name.startswith("mine #") for name in found.styles) == 4
 
 
 def test_a_damaged_record_is_not_drawn(tmp_path):
@@ -287,7 +304,7 @@ def test_a_damaged_record_is_not_drawn(tmp_path):
     write_suite(tmp_path, "s", (IMITATION,), ("sgd", "ppo"), seeds=2, updates=4)
     cell = synthetic_cell("scpo", IMITATION, 0, 4)
     write_record(tmp_path, "s", cell, synthetic_updates(cell, 4), digest="0" * 64)
-    _, table, found = suite_figures(tmp_path, "s", None, REFERENCES)
+    _, table, _, found = suite_figures(tmp_path, "s", None, REFERENCES)
     assert "scpo" in set(table["agent"])
     assert [one.name for one in found[0].panels[0].series] == ["ppo", "sgd"]
 
@@ -367,7 +384,7 @@ def test_names_become_safe_file_names(tmp_path, monkeypatch):
     assert file_stem("../../etc/x y") == "etc-x-y"
     assert file_stem("///") == "unnamed"
     named = [figures.Figure("s", "", name, "", [panel("", "", [])], 1) for name in ("a/b", "a:b")]
-    monkeypatch.setattr(plots, "suite_figures", lambda *given: (None, None, named))
+    monkeypatch.setattr(plots, "suite_figures", lambda *given: SuiteFigures(*3 * [None], named))
     paths = plot_suite(tmp_path, "s", tmp_path / "out", ("png", "svg"))
     assert [path.name for path in paths] == ["a-b.png", "a-b.svg", "a-b-.png", "a-b-.svg"]
 

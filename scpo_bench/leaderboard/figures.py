@@ -10,22 +10,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from scpo_bench.leaderboard.aggregate import Aggregate, profile_range
+from scpo_bench.leaderboard.columns import Row
 from scpo_bench.leaderboard.references import load_references
 from scpo_bench.leaderboard.render import tasks
-from scpo_bench.leaderboard.tables import (
-    Aggregate,
-    Record,
-    leaderboard,
-    load,
-    profile_range,
-    reference_of,
-)
+from scpo_bench.leaderboard.tables import Record, leaderboard, load, reference_of
 from scpo_bench.leaderboard.text import printable
 from scpo_bench.records.schema import Cell, Update
 
@@ -211,7 +206,8 @@ def _line(name: str, style: Style, x: Floats, *curves: Floats) -> Series:
     """``curves``: the lower end of the band, the line and the upper end."""
     kept = np.arange(0, x.size, math.ceil(x.size / MAX_POINTS) or 1)
     low, y, high = (_rounded(curve[kept]) for curve in curves)
-    return Series(printable(name), style, _rounded(x[kept]), y, low, high)
+    ends = (low, high) if not np.isnan([*low, *high]).any() else ()
+    return Series(printable(name), style, _rounded(x[kept]), y, *ends)
 
 
 def quartiles(name: str, style: Style, curves: Sequence[Floats]) -> Series:
@@ -367,7 +363,7 @@ def _projection_panel(runs: Sequence[RunCurves], style: Style) -> Panel:
     return panel(title, "% of the proposal", [quartiles("step kept", style, kept)])
 
 
-def pareto_panel(rows: Sequence[dict[str, Any]], styles: Styles) -> Panel | None:
+def pareto_panel(rows: Sequence[Row], styles: Styles) -> Panel | None:
     """Score against violations, one point per agent, and the front of those that no other agent
     beats in both. None for fewer than two agents with a result.
 
@@ -412,10 +408,18 @@ def profile_panel(aggregates: Sequence[Aggregate], styles: Styles) -> Panel:
     return panel(title, "runs that close more, %", series, "percent", x_label="gap closed, %")
 
 
-def runs_of(row: dict[str, Any], runs: pd.DataFrame) -> pd.DataFrame:
+def runs_of(row: Row, runs: pd.DataFrame) -> pd.DataFrame:
     """The runs that a row of the leaderboard summarises."""
     same = [runs[name] == row[name] for name in ("suite", "task", "setup")]
     return runs[np.logical_and.reduce(same)].sort_values("seed")
+
+
+class SuiteFigures(NamedTuple):
+    runs: pd.DataFrame
+    table: pd.DataFrame
+    styles: Styles
+    """Of every agent in the figures."""
+    figures: list[Figure]
 
 
 def suite_figures(
@@ -423,9 +427,10 @@ def suite_figures(
     suite: str | None = None,
     planned: Sequence[Cell] | None = None,
     references: dict[str, dict[str, Any]] | None = None,
-) -> tuple[pd.DataFrame, pd.DataFrame, list[Figure]]:
-    """(runs, leaderboard, figures) of a suite, tasks in order. The arguments are those of
-    :func:`scpo_bench.leaderboard.tables.load`.
+) -> SuiteFigures:
+    """The figures of a suite, tasks in order, with the leaderboard that they belong to.
+
+    The arguments are those of :func:`scpo_bench.leaderboard.tables.load`.
     """
     references = load_references() if references is None else references
     curves: dict[tuple[str, str], RunCurves] = {}
@@ -437,7 +442,10 @@ def suite_figures(
 
     runs = load(results, suite, planned, references, keep)
     table = leaderboard(runs)
-    styles = agent_styles([str(agent) for agent in table["agent"]])
+    aggregates: dict[str, list[Aggregate]] = table.attrs["aggregates"]
+    # Aggregates join the set-ups that the table tells apart.
+    joined = [a.agent for found in aggregates.values() for a in found]
+    styles = agent_styles([*table["agent"], *joined])
     figures = []
     for name, task, rows in tasks(table):
         groups: Groups = {}
@@ -446,16 +454,16 @@ def suite_figures(
             if found := [curves[name, key] for key in keys if (name, key) in curves]:
                 groups[row["agent"]] = found
         figures += _figures_of_task(name, task, rows, groups, styles, references)
-    for name, aggregates in table.attrs["aggregates"].items():
+    for name, of_suite in aggregates.items():
         title = f"All tasks of {printable(name)} with committed constants"
-        figures.append(Figure(name, "", "profile", title, [profile_panel(aggregates, styles)], 1))
-    return runs, table, figures
+        figures.append(Figure(name, "", "profile", title, [profile_panel(of_suite, styles)], 1))
+    return SuiteFigures(runs, table, styles, figures)
 
 
 def _figures_of_task(
     suite: str,
     task: str,
-    rows: Sequence[dict[str, Any]],
+    rows: Sequence[Row],
     groups: Groups,
     styles: Styles,
     references: dict[str, dict[str, Any]],

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scpo_bench.errors import UserError, nearest
 from scpo_bench.leaderboard.figures import (
     BREACH,
     REFERENCE,
@@ -65,17 +66,16 @@ def plot_suite(
     of seeds whose iterate violates, per update, median and quartiles over seeds. For each agent
     that records a certificate also ``<task>-certificate-<agent>.<format>``, for several agents
     ``<task>-pareto.<format>``. Over several tasks with committed constants ``profile.<format>``, in
-    which ``planned`` cells without a record count at the floor. ValueError for a format other than
-    png, svg and pdf.
+    which ``planned`` cells without a record count at the floor.
     """
-    unknown = [name for name in formats if name not in FORMATS]
-    if unknown:
-        raise ValueError(f"formats: expected some of {', '.join(FORMATS)}, got {unknown[0]!r}")
+    for name in formats:
+        if name not in FORMATS:
+            raise UserError(f"formats: unknown format {name!r}{nearest(name, FORMATS)}")
     import matplotlib
 
     written: dict[Path, None] = {}
     out_dir.mkdir(parents=True, exist_ok=True)
-    for figure in suite_figures(results, suite, planned)[2]:
+    for figure in suite_figures(results, suite, planned).figures:
         stem = file_stem(figure.name)
         # Two names may differ only in characters that file names cannot have.
         while out_dir / f"{stem}.{formats[0]}" in written:

@@ -21,10 +21,11 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from scpo_bench.leaderboard.aggregate import aggregate_cells
 from scpo_bench.leaderboard.columns import COLUMNS, Column, Row, cell_text, shown
-from scpo_bench.leaderboard.figures import Figure, agent_styles, runs_of, suite_figures
+from scpo_bench.leaderboard.figures import Figure, runs_of, suite_figures
 from scpo_bench.leaderboard.ranking import VERDICTS
-from scpo_bench.leaderboard.render import _aggregate_rows, _limit, notes, tasks
+from scpo_bench.leaderboard.render import limits, notes, tasks
 from scpo_bench.leaderboard.tables import seed_ranges
 from scpo_bench.leaderboard.text import number, printable
 from scpo_bench.records.schema import Cell
@@ -51,7 +52,7 @@ def render_page(
     The arguments are those of :func:`scpo_bench.leaderboard.tables.load`. The same records give the
     same text.
     """
-    runs, table, figures = suite_figures(results, suite, planned, references)
+    runs, table, styles, figures = suite_figures(results, suite, planned, references)
     numbered = list(enumerate(figures))
 
     def figures_of(name: str, task: str) -> list[tuple[int, Figure]]:
@@ -62,7 +63,7 @@ def render_page(
     sections = [
         {
             "title": printable(task) if suite else f"{printable(task)}, suite {printable(name)}",
-            "subtitle": _limit(rows),
+            "subtitle": limits(rows),
             "columns": shown(rows),
             "rows": rows,
             "figures": figures_of(name, task),
@@ -70,12 +71,12 @@ def render_page(
         for name, task, rows in tasks(table)
     ]
     overall = [
-        (f"All tasks of {printable(name)}", *_aggregate_rows(found), figures_of(name, ""))
+        (f"All tasks of {printable(name)}", *aggregate_cells(found), figures_of(name, ""))
         for name, found in table.attrs["aggregates"].items()
     ]
     return _assemble(
         title=printable(title or suite or "leaderboard"),
-        styles=agent_styles(list(table["agent"])),
+        styles=styles,
         sections=sections,
         overall=overall,
         figures=[asdict(figure) for figure in figures],
