@@ -1,23 +1,24 @@
-"""What one run's record says: every per-run column of the leaderboard, computed from the raw
-updates alone.
+"""What the record of one run says: its metrics, computed from the raw updates alone.
 
 Definitions, once. d is the cost limit. Update k collected n_k finished episodes with mean cost C_k.
 An *iterate* violates if its deterministic evaluation exceeds the limit (as recorded in
-``iterate_violates``); a *step* violates if its cost is positive; an *episode* violates if its cost
-exceeds d. Update 0 is the start policy: the reference that runs are compared with, never counted
-among the updates. Not measured is nan; a time that did not come within the run is inf ("never"), so
-it can be ranked but not averaged.
+``iterate_violates``), a *step* if its cost is positive, and an *episode* if its cost exceeds d.
+Update 0 is the start policy: what runs are compared with, never counted among the updates. Not
+measured is nan; a time that was not reached within the run is inf ("never"), so it can be ranked
+but not averaged.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 
 from scpo_bench.leaderboard.references import gap_closed
 from scpo_bench.leaderboard.statistics import cvar
@@ -31,58 +32,38 @@ NEVER = math.inf
 class RunMetrics:
     """One run in numbers.
 
-    Costs in cost units per episode, values in the constraint's own signed unit (violated where >
-    0).
+    Costs are per episode; constraint values have their own signed unit and are violated above 0.
     """
 
-    # outcome: the last evaluated iterate, on held-out starts, and the start policy's own evaluation
+    # Outcome: evaluations of the start policy and of the last evaluated ("final") iterate.
     start_return: float
-    start_cost: float
     start_objective: float
-    start_worst_value: float
-    final_update: float
-    """The update that "final" speaks of: the last evaluated one."""
     final_return: float
     final_cost: float
-    final_cost_ratio: float
-    """final_cost / d; nan where d = 0."""
     final_objective: float
     """Objective loss, lower is better."""
-    final_worst_value: float
     final_violates: float
     """1, 0, or nan."""
     final_training_return: float
-    """Mean return of the episodes of the last update that finished any: the exploring policy, not
-    the evaluated one.
-    """
+    """Mean return of the last update that finished an episode: of the exploring policy."""
     final_training_cost: float
     gap_closed: float
-    """Share of the gap between backup and oracle that the final iterate closes (1: as good as the
-    oracle).
-    """
+    """See :func:`scpo_bench.leaderboard.references.gap_closed`."""
 
-    # during training
+    # During training.
     updates: int
     evaluated_iterates: int
     violating_iterates: int
-    violating_iterate_share: float
-    """Of the evaluated iterates."""
-    updates_over_limit: int
-    """Updates with C_k > d."""
     updates_over_limit_share: float
     """Of the updates in which an episode finished."""
     training_episodes: int
     violating_episodes: int
-    violating_episode_share: float
     violating_steps: int
-    violating_step_share: float
     cumulative_excess: float
     """sum_k n_k max(0, C_k - d): nothing is bought back by updates below the limit."""
-    training_cost: float
-    """Cost of all interaction steps."""
     probe_violations: int
 
-    # worst case
+    # Worst case.
     max_excess: float
     """max_k max(0, C_k - d)."""
     max_excess_ratio: float
@@ -95,66 +76,54 @@ class RunMetrics:
     worst_iterate_value: float
     worst_training_value: float
 
-    # timing
+    # Timing.
     first_violating_update: float
     first_violating_step: float
     """Interaction steps at that update."""
     safe_from_update: float
-    """First evaluated update from which on nothing violates: 0 if nothing ever does, never if the
-    last iterate does.
-    """
-    safe_from_step: float
+    """First evaluated update from which on nothing violates.
 
-    # trust
+    0 if nothing ever does, never if the last evaluated iterate does.
+    """
+
+    # Trust.
     interaction_steps: int
     probe_steps: int
     wall_time_s: float
     steps_per_s: float
 
 
-COLUMNS = tuple(field.name for field in fields(RunMetrics))
-
-
-def _column(updates: Sequence[Update], name: str) -> Floats:
-    """[updates] values of one field, nan where it was not measured."""
-    return np.array(
-        [math.nan if (value := getattr(u, name)) is None else value for u in updates], dtype=float
-    )
+METRICS = tuple(field.name for field in fields(RunMetrics))
+_FIELDS = [name for name in Update.model_fields if name != "diagnostics"]
 
 
 def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else math.nan
 
 
-def _max(values: Floats) -> float:
-    """Largest measured value, nan if nothing was measured."""
-    measured = values[~np.isnan(values)]
-    return float(measured.max()) if measured.size else math.nan
+def _last(updates: pd.DataFrame) -> pd.Series:
+    """The last of these updates; one of which nothing was measured if there is none."""
+    return pd.Series(math.nan, index=_FIELDS) if updates.empty else updates.iloc[-1]
 
 
-def longest_run(flags: npt.NDArray[np.bool_]) -> int:
-    """Length of the longest unbroken stretch of True. flags: [n]."""
-    longest = current = 0
-    for flag in flags:
-        current = current + 1 if flag else 0
-        longest = max(longest, current)
-    return longest
+def longest_run(flags: Iterable[bool]) -> int:
+    """Length of the longest unbroken stretch of True."""
+    return max((sum(stretch) for _, stretch in groupby(map(int, flags))), default=0)
 
 
 def episode_cost_cvar(
     counts: Floats, means: Floats, maxima: Floats, level: float = 0.95
 ) -> tuple[float, float]:
-    """(lower, upper) bound of the CVaR of episode cost, where each update recorded only n_k, C_k
-    and the largest cost M_k.
+    """(lower, upper) bound of the CVaR of episode cost, from n_k, C_k and the largest cost M_k.
 
-    counts, means, maxima: [updates], all with n_k > 0. CVaR respects the convex order. Replacing an
-    update's episodes by their mean lowers it; spreading them to the ends 0 and M_k with the same
-    mean raises it, and costs lie in [0, M_k]. The bounds agree where an update finishes a single
-    episode. (nan, nan) without episodes.
+    counts, means, maxima: [updates], all with n_k > 0. CVaR respects the convex order: replacing
+    the episodes of an update by their mean lowers it, and moving them to the ends 0 and M_k with
+    the same mean raises it, since costs lie in [0, M_k]. The bounds agree where every update
+    finishes a single episode. (nan, nan) without episodes.
     """
     if not counts.size:
         return math.nan, math.nan
-    at_maximum = np.divide(means, maxima, out=np.zeros_like(means), where=maxima > 0).clip(0.0, 1.0)
+    at_maximum = np.divide(means, maxima, out=np.zeros_like(means), where=maxima > 0)
     ends = np.concatenate([maxima, np.zeros_like(maxima)])
     weights = np.concatenate([counts * at_maximum, counts * (1.0 - at_maximum)])
     return cvar(means, level, counts), cvar(ends, level, weights)
@@ -163,98 +132,65 @@ def episode_cost_cvar(
 def measure(
     updates: Sequence[Update], cost_limit: float, reference: dict[str, Any] | None = None
 ) -> RunMetrics:
-    """All metrics of a run whose updates are ``updates`` (update 0 first; possibly cut short), with
-    cost limit d.
+    """All metrics of a run with these updates (update 0 first, possibly cut short) and limit d.
 
     reference: the task's entry of :func:`scpo_bench.leaderboard.references.load_references`. Raises
     ValueError for an empty record.
     """
     if not updates:
         raise ValueError("no updates recorded")
-    start, rest = updates[0], updates[1:]
-    number, steps = _column(rest, "update"), _column(rest, "interaction_steps")
+    table = pd.DataFrame([vars(u) for u in updates], columns=_FIELDS).astype(float)
+    start, rest, last = table.iloc[0], table.iloc[1:], table.iloc[-1]
+    final = _last(table[table["iterate_violates"].notna()])
 
-    violates = _column(rest, "iterate_violates")
-    evaluated = ~np.isnan(violates)
-    bad = violates[evaluated] == 1
-    bad_at = np.flatnonzero(bad)
-    evaluated_number, evaluated_steps = number[evaluated], steps[evaluated]
-    if not bad_at.size:
-        first, first_step = (NEVER, NEVER) if bad.size else (math.nan, math.nan)
-        safe_from, safe_from_step = (0.0, 0.0) if bad.size else (math.nan, math.nan)
-    else:
-        first, first_step = evaluated_number[bad_at[0]], evaluated_steps[bad_at[0]]
-        after = bad_at[-1] + 1
-        ended = after == bad.size
-        safe_from = NEVER if ended else evaluated_number[after]
-        safe_from_step = NEVER if ended else evaluated_steps[after]
+    evaluated = rest[rest["iterate_violates"].notna()]
+    violating = evaluated[evaluated["iterate_violates"] == 1]
+    first_update = first_step = safe_from = math.nan
+    if len(violating):
+        first_update, first_step = violating.iloc[0][["update", "interaction_steps"]]
+        after = evaluated.loc[violating.index[-1] + 1 :, "update"]
+        safe_from = after.iloc[0] if len(after) else NEVER
+    elif len(evaluated):
+        first_update, first_step, safe_from = NEVER, NEVER, 0.0
 
-    episodes, means = _column(rest, "episodes"), _column(rest, "cost_mean")
-    finished = (episodes > 0) & ~np.isnan(means)
-    n, C = episodes[finished], means[finished]
-    maxima = np.fmax(_column(rest, "cost_max")[finished], C)
-    excess = np.maximum(0.0, C - cost_limit)
-    cvar_low, cvar_high = episode_cost_cvar(n, C, maxima)
-    training = [u for u in rest if u.episodes and u.return_mean is not None]
+    finished = rest[rest["episodes"] > 0]
+    n, C, maxima = (finished[name] for name in ("episodes", "cost_mean", "cost_max"))
+    excess = (C - cost_limit).clip(lower=0)
+    cvar_low, cvar_high = episode_cost_cvar(n.to_numpy(), C.to_numpy(), maxima.to_numpy())
+    training = _last(finished)
 
-    evaluations = [u for u in updates if u.iterate_violates is not None]
-    final = evaluations[-1] if evaluations else None
-
-    def of(update: Update | None, name: str) -> float:
-        value = None if update is None else getattr(update, name)
-        return math.nan if value is None else float(value)
-
-    last = updates[-1]
-    collected = last.interaction_steps - start.interaction_steps
-    violating_steps, violating_episodes = (
-        sum(u.violating_steps for u in rest),
-        sum(u.violating_episodes for u in rest),
-    )
-    total_episodes = int(episodes.sum())
-    max_excess = float(excess.max()) if excess.size else math.nan
-    final_cost, final_objective = of(final, "iterate_cost"), of(final, "iterate_objective")
+    totals = rest.sum()
     return RunMetrics(
-        start_return=of(start, "iterate_return"),
-        start_cost=of(start, "iterate_cost"),
-        start_objective=of(start, "iterate_objective"),
-        start_worst_value=of(start, "iterate_worst_constraint_value"),
-        final_update=of(final, "update"),
-        final_return=of(final, "iterate_return"),
-        final_cost=final_cost,
-        final_cost_ratio=_ratio(final_cost, cost_limit),
-        final_objective=final_objective,
-        final_worst_value=of(final, "iterate_worst_constraint_value"),
-        final_violates=of(final, "iterate_violates"),
-        final_training_return=of(training[-1] if training else None, "return_mean"),
-        final_training_cost=of(training[-1] if training else None, "cost_mean"),
-        gap_closed=gap_closed(final_objective, reference),
+        start_return=start["iterate_return"],
+        start_objective=start["iterate_objective"],
+        final_return=final["iterate_return"],
+        final_cost=final["iterate_cost"],
+        final_objective=final["iterate_objective"],
+        final_violates=final["iterate_violates"],
+        final_training_return=training["return_mean"],
+        final_training_cost=training["cost_mean"],
+        gap_closed=gap_closed(final["iterate_objective"], reference),
         updates=len(rest),
-        evaluated_iterates=int(evaluated.sum()),
-        violating_iterates=int(bad.sum()),
-        violating_iterate_share=_ratio(float(bad.sum()), float(evaluated.sum())),
-        updates_over_limit=int((excess > 0).sum()),
-        updates_over_limit_share=_ratio(float((excess > 0).sum()), float(finished.sum())),
-        training_episodes=total_episodes,
-        violating_episodes=violating_episodes,
-        violating_episode_share=_ratio(violating_episodes, total_episodes),
-        violating_steps=violating_steps,
-        violating_step_share=_ratio(violating_steps, collected),
-        cumulative_excess=float((n * excess).sum()),
-        training_cost=float(_column(rest, "cost_sum").sum()),
-        probe_violations=last.probe_violations,
-        max_excess=max_excess,
-        max_excess_ratio=_ratio(max_excess, cost_limit),
+        evaluated_iterates=len(evaluated),
+        violating_iterates=len(violating),
+        updates_over_limit_share=_ratio((excess > 0).sum(), len(finished)),
+        training_episodes=int(totals["episodes"]),
+        violating_episodes=int(totals["violating_episodes"]),
+        violating_steps=int(totals["violating_steps"]),
+        cumulative_excess=(n * excess).sum(),
+        probe_violations=int(last["probe_violations"]),
+        max_excess=excess.max(),
+        max_excess_ratio=_ratio(excess.max(), cost_limit),
         cvar95_cost_low=cvar_low,
         cvar95_cost_high=cvar_high,
-        longest_violating_run=longest_run(bad),
-        worst_iterate_value=_max(_column(rest, "iterate_worst_constraint_value")),
-        worst_training_value=_max(_column(rest, "worst_constraint_value")),
-        first_violating_update=float(first),
-        first_violating_step=float(first_step),
-        safe_from_update=float(safe_from),
-        safe_from_step=float(safe_from_step),
-        interaction_steps=last.interaction_steps,
-        probe_steps=last.probe_steps,
-        wall_time_s=last.wall_time_s,
-        steps_per_s=_ratio(collected, last.wall_time_s),
+        longest_violating_run=longest_run(evaluated["iterate_violates"] == 1),
+        worst_iterate_value=rest["iterate_worst_constraint_value"].max(),
+        worst_training_value=rest["worst_constraint_value"].max(),
+        first_violating_update=first_update,
+        first_violating_step=first_step,
+        safe_from_update=safe_from,
+        interaction_steps=int(last["interaction_steps"]),
+        probe_steps=int(last["probe_steps"]),
+        wall_time_s=last["wall_time_s"],
+        steps_per_s=_ratio(last["interaction_steps"], last["wall_time_s"]),
     )

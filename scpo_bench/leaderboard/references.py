@@ -1,58 +1,56 @@
-"""The committed constants that scores are normalised by: per task the objective loss of the backup
-and of the oracle.
+"""The committed constants that scores are normalised by.
 
-A light module (no torch, no Gymnasium), so that leaderboards can be made wherever records can be
-read. The constants themselves are computed by ``python -m scpo_bench.checks.oracle``.
+They are, per task, the objective loss of the backup and of the oracle, as computed by ``python -m
+scpo_bench.checks.oracle``.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
+
+from scpo_bench.errors import UserError, first_problem
+
 REFERENCES_FILE = Path(__file__).with_name("references.json")
 
 
-def load_references(path: Path = REFERENCES_FILE) -> dict[str, dict[str, Any]]:
-    """task id -> {"objective": name, "backup": loss, "oracle": loss, ...}; empty where the file
-    does not exist (yet).
+class _Reference(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True)
 
-    Raises ValueError naming the file and the field if it exists and does not hold that.
+    backup: FiniteFloat
+    oracle: FiniteFloat
+
+
+class _File(BaseModel):
+    tasks: dict[str, _Reference]
+
+
+def load_references(path: Path = REFERENCES_FILE) -> dict[str, dict[str, Any]]:
+    """task id -> {"backup": loss, "oracle": loss, ...}; empty where the file does not exist.
+
+    Raises UserError naming the file and the field if the file does not hold that.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = _File.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         return {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    tasks = content.get("tasks") if isinstance(content, dict) else None
-    if not isinstance(tasks, dict):
-        raise ValueError(
-            f"{path}: tasks: expected an object of task ids, got {type(tasks).__name__}"
-        )
-    for task, entry in tasks.items():
-        for field in ("backup", "oracle"):
-            value = entry.get(field) if isinstance(entry, dict) else None
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int | float)
-                or not math.isfinite(value)
-            ):
-                raise ValueError(
-                    f"{path}: tasks.{task}.{field}: expected a finite number, got {value!r}"
-                )
-    return tasks
+    except ValidationError as error:
+        place, expected, came = first_problem(error)
+        field = ".".join(map(str, place)) or "file"
+        raise UserError(f"{path}: {field}: {expected}, got {came}") from None
+    return content.model_dump()["tasks"]
 
 
 def gap_closed(objective: float, reference: dict[str, Any] | None) -> float:
-    """(backup - objective) / (backup - oracle): 0 at the backup, 1 at the oracle, negative below
-    the backup. Lower losses are better.
+    """(backup - objective) / (backup - oracle): 0 at the backup, 1 at the oracle.
 
-    nan without a reference, or where the oracle is not better than the backup (no gap to close).
+    Losses, so lower is better, and negative means worse than the backup. nan without a reference,
+    or where the oracle is not better than the backup (no gap to close).
     """
     if reference is None:
         return math.nan
-    gap = float(reference["backup"]) - float(reference["oracle"])
-    return (float(reference["backup"]) - objective) / gap if gap > 0 else math.nan
+    gap = reference["backup"] - reference["oracle"]
+    return (reference["backup"] - objective) / gap if gap > 0 else math.nan

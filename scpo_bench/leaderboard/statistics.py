@@ -1,11 +1,9 @@
 """Statistics over seeds: what a handful of runs says about an agent, with intervals.
 
-Pure functions of arrays.
-
-Scores of one agent are a list with one array per task (strata), each with one score per seed:
-``[array(seeds of task 1), ...]``. Definitions follow Agarwal et al., "Deep Reinforcement Learning
-at the Edge of the Statistical Precipice", arXiv 2108.13264 (IQM, stratified bootstrap, probability
-of improvement, performance profiles). Every interval repeats exactly for a given seed.
+Pure functions of arrays. Scores of one agent are a list with one array per task (strata), each
+with one score per seed: ``[array(seeds of task 1), ...]``. Definitions follow Agarwal et al., "Deep
+Reinforcement Learning at the Edge of the Statistical Precipice", arXiv 2108.13264 (IQM, stratified
+bootstrap, probability of improvement, performance profiles). Every interval repeats exactly.
 """
 
 from __future__ import annotations
@@ -24,23 +22,19 @@ SEED = 20251213
 """Of all resampling. A constant, so that a leaderboard is a function of its records."""
 RESAMPLES = 2000
 PRELIMINARY_BELOW = 10
-"""Fewer seeds than this and percentile intervals cover too little (95 % nominal: 77 % with 3 seeds,
-92 % with 5, 94 % with 10).
-"""
+"""Seeds. With fewer, percentile intervals cover too little: nominal 95 % are 77 % with 3 seeds."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and its confidence interval; low and high are nan where there is too little to tell.
-    """
+    """A number and its confidence interval; the ends are nan where there is too little to tell."""
 
     value: float
     low: float
     high: float
 
     def overlaps(self, other: Estimate) -> bool:
-        """Whether the data leave open which is larger. An unknown interval leaves everything open.
-        """
+        """Whether the data leave open which is larger; an unknown interval leaves it open."""
         if any(map(math.isnan, (self.low, self.high, other.low, other.high))):
             return True
         return self.low <= other.high and other.low <= self.high
@@ -50,9 +44,7 @@ UNKNOWN = Estimate(math.nan, math.nan, math.nan)
 
 
 def iqm(scores: npt.ArrayLike) -> float:
-    """Interquartile mean: the mean without the lowest and the highest quarter (floor(n / 4) scores
-    each). nan if empty.
-    """
+    """Interquartile mean: without the floor(n / 4) lowest and highest scores. nan if empty."""
     flat = np.asarray(scores, dtype=float).ravel()
     return float(stats.trim_mean(flat, 0.25)) if flat.size else math.nan
 
@@ -64,8 +56,9 @@ def _iqm_of_strata(*strata: Floats, axis: int = -1) -> Any:
 def _interval(
     samples: Sequence[Floats], statistic: Any, seed: int, level: float, resamples: int
 ) -> tuple[float, float]:
-    """Percentile interval of ``statistic`` under resampling each of ``samples`` apart; nan if one
-    of them has a single score.
+    """Percentile interval of ``statistic``, resampling each of ``samples`` on its own.
+
+    nan if one of them has a single score.
     """
     if any(len(sample) < 2 for sample in samples):
         return math.nan, math.nan
@@ -97,11 +90,10 @@ def iqm_interval(
     level: float = 0.95,
     resamples: int = RESAMPLES,
 ) -> Estimate:
-    """IQM of all scores of all tasks, with a bootstrap interval stratified by task. scores: per
-    task [seeds].
+    """IQM of all scores of all tasks, with a bootstrap interval stratified by task.
 
-    Raises ValueError for nan. UNKNOWN without scores; the interval is nan where a task has a single
-    seed.
+    scores: per task [seeds]. Raises ValueError for nan. UNKNOWN without scores; the interval is nan
+    where a task has a single seed.
     """
     strata = _strata(scores)
     if not strata:
@@ -112,49 +104,39 @@ def iqm_interval(
 
 
 def _improvement(x: Floats, y: Floats) -> Any:
-    """P(X > Y) + P(X = Y) / 2 over all pairs. x:
+    """P(X > Y) + P(X = Y) / 2 over all pairs: the Mann-Whitney statistic divided by n m.
 
-    [..., n], y: [..., m] -> [...]: the Mann-Whitney statistic divided by n m.
+    x: [..., n], y: [..., m] -> [...].
     """
-    # Counted through sorted order would save memory for hundreds of seeds; runs per task are few.
-    difference = x[..., :, None] - y[..., None, :]
-    return (difference > 0).mean(axis=(-2, -1)) + 0.5 * (difference == 0).mean(axis=(-2, -1))
+    u = stats.mannwhitneyu(x, y, axis=-1, method="asymptotic").statistic
+    return u / (x.shape[-1] * y.shape[-1])
 
 
 def probability_of_improvement(
-    x: Sequence[npt.ArrayLike],
-    y: Sequence[npt.ArrayLike],
-    *,
-    seed: int = SEED,
-    level: float = 0.95,
-    resamples: int = RESAMPLES,
+    x: Sequence[npt.ArrayLike], y: Sequence[npt.ArrayLike], *, level: float = 0.95
 ) -> Estimate:
-    """Chance that a run of X scores higher than one of Y on a random task (ties count half). x, y:
-    per task [seeds], same tasks.
+    """Chance that a run of X scores higher than one of Y on a random task (ties count half).
 
-    Raises ValueError for nan or where the numbers of tasks differ. UNKNOWN without scores.
+    x, y: per task [seeds], same tasks. Raises ValueError for nan or where the numbers of tasks
+    differ. UNKNOWN without scores.
     """
-    if len(x) != len(y):
-        raise ValueError(f"probability of improvement: {len(x)} tasks against {len(y)}")
-    pairs = [(a, b) for a, b in zip(map(np.asarray, x), map(np.asarray, y)) if a.size and b.size]
-    if not pairs:
+    xs, ys = _strata(x), _strata(y)
+    if len(xs) != len(ys):
+        raise ValueError(f"probability of improvement: {len(xs)} tasks against {len(ys)}")
+    if not xs:
         return UNKNOWN
-    xs, ys = _strata([a for a, _ in pairs]), _strata([b for _, b in pairs])
 
     def statistic(*samples: Floats, axis: int = -1) -> Any:
-        moved = [np.moveaxis(s, axis, -1) for s in samples]
-        return np.mean(
-            [_improvement(a, b) for a, b in zip(moved[: len(xs)], moved[len(xs) :])], axis=0
-        )
+        pairs = zip(samples[: len(xs)], samples[len(xs) :])
+        return np.mean([_improvement(a, b) for a, b in pairs], axis=0)
 
-    value = float(np.mean([_improvement(a, b) for a, b in zip(xs, ys)]))
-    return Estimate(value, *_interval([*xs, *ys], statistic, seed, level, resamples))
+    interval = _interval([*xs, *ys], statistic, SEED, level, RESAMPLES)
+    return Estimate(float(statistic(*xs, *ys)), *interval)
 
 
 @dataclass(frozen=True)
 class Profile:
-    """A performance profile: at each threshold the share of runs that score above it, and its
-    pointwise 95 % interval.
+    """At each threshold the share of runs that score above it, with a pointwise interval.
 
     Lists are [thresholds]; low and high are nan where a task has a single seed.
     """
@@ -166,56 +148,44 @@ class Profile:
 
 
 def performance_profile(
-    scores: Sequence[npt.ArrayLike],
-    thresholds: npt.ArrayLike,
-    *,
-    seed: int = SEED,
-    level: float = 0.95,
-    resamples: int = RESAMPLES,
+    scores: Sequence[npt.ArrayLike], thresholds: npt.ArrayLike, *, level: float = 0.95
 ) -> Profile:
-    """Share of runs, averaged over tasks, that score above each threshold, with a percentile band
-    of the bootstrap stratified by task. scores: per task [seeds]; thresholds: [thresholds].
+    """Share of runs, averaged over tasks, that score above each threshold.
 
-    Raises ValueError for nan. Shares are nan without scores.
+    The band is a percentile interval of the bootstrap stratified by task. scores: per task [seeds];
+    thresholds: [thresholds]. Raises ValueError for nan. Shares are nan without scores.
     """
     strata, tau = _strata(scores), np.asarray(thresholds, dtype=float)
-    unknown = np.full(tau.shape, math.nan)
-    above = [
-        (s[:, None] > tau[None, :]).astype(float) for s in strata
-    ]  # per task [seeds, thresholds]
-    share = np.mean([a.mean(axis=0) for a in above], axis=0) if above else unknown
-    low = high = unknown
+    share = low = high = np.full(tau.shape, math.nan)
+    above = [(s[:, None] > tau).astype(float) for s in strata]  # per task [seeds, thresholds]
+    if above:
+        share = np.mean([a.mean(axis=0) for a in above], axis=0)
     if above and all(len(a) > 1 for a in above):
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(SEED)
         # How often each seed is drawn is all that a resample is.
         drawn = [
-            rng.multinomial(len(a), np.full(len(a), 1 / len(a)), size=resamples) @ a / len(a)
+            rng.multinomial(len(a), np.full(len(a), 1 / len(a)), size=RESAMPLES) @ a / len(a)
             for a in above
         ]
         low, high = np.quantile(np.mean(drawn, axis=0), [(1 - level) / 2, (1 + level) / 2], axis=0)
     return Profile(tau.tolist(), share.tolist(), low.tolist(), high.tolist())
 
 
-def wilson(successes: int, trials: int, level: float = 0.95) -> Estimate:
-    """A share with Wilson's score interval (JASA 22, 1927), which is sensible at 0 and at all of
-    them. UNKNOWN without trials.
+def wilson(successes: int, trials: int) -> Estimate:
+    """A share with Wilson's 95 % score interval (JASA 22, 1927), sensible at 0 and at all too.
+
+    UNKNOWN without trials.
     """
-    if not 0 <= successes <= trials:
-        raise ValueError(f"wilson: {successes} of {trials} is not a share")
     if not trials:
         return UNKNOWN
-    z = float(stats.norm.ppf(0.5 + level / 2))
-    share = successes / trials
-    centre = share + z * z / (2 * trials)
-    spread = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    low, high = ((centre + sign * spread) / (1 + z * z / trials) for sign in (-1, 1))
-    # At the ends the bound is the end itself; rounding would put it beside it.
-    return Estimate(share, 0.0 if successes == 0 else low, 1.0 if successes == trials else high)
+    ends = stats.binomtest(successes, trials).proportion_ci(0.95, method="wilson")
+    return Estimate(successes / trials, float(ends.low), float(ends.high))
 
 
-def mean_interval(values: npt.ArrayLike, level: float = 0.95) -> Estimate:
-    """Mean with Student's interval; with few seeds it is wider, and so safer to base "safe" on,
-    than a bootstrap. nan ends for n < 2.
+def mean_interval(values: npt.ArrayLike) -> Estimate:
+    """Mean with Student's 95 % interval; its ends are nan for fewer than two values.
+
+    With few seeds it is wider than a bootstrap, and so safer to base a verdict on.
     """
     flat = np.asarray(values, dtype=float).ravel()
     if not flat.size:
@@ -223,19 +193,15 @@ def mean_interval(values: npt.ArrayLike, level: float = 0.95) -> Estimate:
     mean = float(flat.mean())
     if flat.size < 2:
         return Estimate(mean, math.nan, math.nan)
-    half = (
-        float(stats.t.ppf(0.5 + level / 2, flat.size - 1))
-        * float(flat.std(ddof=1))
-        / math.sqrt(flat.size)
-    )
+    half = float(stats.t.ppf(0.975, flat.size - 1) * stats.sem(flat))
     return Estimate(mean, mean - half, mean + half)
 
 
 def cvar(values: npt.ArrayLike, level: float = 0.95, weights: npt.ArrayLike | None = None) -> float:
-    """Mean of the worst (largest) share 1 - level of the distribution, the value at the boundary
-    counted in part. nan if empty.
+    """Mean of the largest share 1 - level of the distribution. nan if empty.
 
-    values: [n]; weights: [n], not negative, relative frequencies (equal by default).
+    The value at the boundary counts in part. values: [n]; weights: [n], not negative, relative
+    frequencies (equal by default).
     Source: Rockafellar and Uryasev, "Conditional value-at-risk for general loss distributions",
     2002, for discrete distributions.
     """
@@ -253,14 +219,12 @@ def cvar(values: npt.ArrayLike, level: float = 0.95, weights: npt.ArrayLike | No
 
 
 def censored_quantile(times: npt.ArrayLike, q: float) -> float:
-    """The smallest time by which at least a share q of the runs had come; inf ("never") if fewer
-    ever did. nan if empty.
+    """The smallest time by which a share q of the runs had reached an event; inf if fewer ever did.
 
-    times: [runs], inf where the run ended first. Runs share one budget, so the empirical
-    distribution is Kaplan and Meier's estimate, and no average of censored times is ever taken.
+    times: [runs], inf where the run ended first, nan where it was not measured (nan if none was).
+    Runs share one budget, so the empirical distribution is Kaplan and Meier's estimate, and no
+    average of censored times is ever taken.
     """
-    flat = np.sort(np.asarray(times, dtype=float))
-    flat = flat[~np.isnan(flat)]
-    if not flat.size:
-        return math.nan
-    return float(flat[min(flat.size, max(1, math.ceil(q * flat.size - 1e-9))) - 1])
+    known = np.asarray(times, dtype=float)
+    known = known[~np.isnan(known)]
+    return float(np.quantile(known, q, method="inverted_cdf")) if known.size else math.nan
