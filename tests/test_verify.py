@@ -244,6 +244,18 @@ def test_both_forms_at_once_are_found(run_folder):
     assert any("one of them" in line for line in verify(run_folder).problems)
 
 
+def test_missing_updates_are_found(run_folder):
+    """A finished run without its updates, or one that counts some, hides what happened."""
+    (run_folder / COMPRESSED_UPDATES_FILE).unlink()
+    assert any("no file of them" in line for line in verify(run_folder).problems)
+    edit_run(run_folder, status="failed", digest=None)
+    assert any("no file of them" in line for line in verify(run_folder).problems)
+    edit_run(run_folder, updates=0)
+    assert verify(run_folder).ok
+    edit_run(run_folder, cell__steps=10**400)
+    assert any("steps: expected at most" in line for line in verify(run_folder).problems)
+
+
 # What is refused.
 
 
@@ -293,6 +305,13 @@ def test_links_are_refused(run_folder, tmp_path):
     assert "symbolic link" in one_line(run_folder)
 
 
+def test_names_with_control_characters_are_refused(run_folder):
+    """A name could otherwise steer the terminal that shows it."""
+    (run_folder / "\x1b[2J").mkdir()
+    (run_folder / "\x1b[2J" / UPDATES_FILE).write_text("")
+    assert "control characters" in one_line(run_folder)
+
+
 def test_devices_are_refused(run_folder):
     """Opening a pipe would block forever."""
     (run_folder / COMPRESSED_UPDATES_FILE).unlink()
@@ -316,7 +335,7 @@ def test_huge_updates_are_not_read(run_folder, monkeypatch):
         problems = verify(run_folder).problems
         assert tracemalloc.get_traced_memory()[1] < 20_000_000
         tracemalloc.stop()
-        assert "line 1: " in problems[0]
+        assert problems[0].startswith(f"{COMPRESSED_UPDATES_FILE}: line 1: ")
     # Nor are lines read without end, each of which is valid.
     monkeypatch.setattr("scpo_bench.records.files.MAX_FILE_BYTES", 1000)
     compressed.write_bytes(lines)
@@ -362,7 +381,7 @@ def test_too_much_of_anything_is_refused(results, tmp_path, monkeypatch):
     """Deeply nested folders, a run.json of megabytes or a million files are not results."""
     deep = tmp_path / "deep" / "/".join("d" * 15)
     deep.mkdir(parents=True)
-    assert "deep" in one_line(tmp_path / "deep")
+    assert "folders more than 12 deep" in one_line(tmp_path / "deep")
     large = tmp_path / "large"
     large.mkdir()
     (large / RUN_FILE).write_text(" " * 2_000_000)
@@ -428,6 +447,7 @@ def test_bundles_verify_and_repeat(results, tmp_path, name):
             hashlib.sha256(output.read_bytes()).digest()
             == hashlib.sha256(again.read_bytes()).digest()
         )
+        assert output.read_bytes()[4:8] == bytes(4)  # no time in the header
         with tarfile.open(output) as tar:
             names = tar.getnames()
             assert names[0] == f"s/{MANIFEST_FILE}"
@@ -490,6 +510,13 @@ def test_bundling_needs_consistent_records_and_a_new_path(results, tmp_path):
         bundle(results, "s", tmp_path / "there")
     with pytest.raises(RecordError, match="not found"):
         bundle(results, "other", tmp_path / "b")
+    shutil.copytree(results / "s", results / "t")
+    with pytest.raises(RecordError, match="a record of suite 's', not 't'"):
+        bundle(results, "t", tmp_path / "b")
+    (results / "s" / "scpo_bench.DoubleIntegratorImitation-v0").rename(results / "s" / "a:b")
+    with pytest.raises(RecordError, match="cannot contain a file of this name"):
+        bundle(results, "s", tmp_path / "b")
+    (results / "s" / "a:b").rename(results / "s" / "scpo_bench.DoubleIntegratorImitation-v0")
     edit_run(folder_of(results, "s", synthetic_cell("scpo", IMITATION, 0, 4)), updates=3)
     with pytest.raises(RecordError, match="not consistent"):
         bundle(results, "s", tmp_path / "b")
@@ -519,8 +546,11 @@ def test_tampering_with_a_bundle_is_found(results, tmp_path):
     assert "seeds_missing" in problems(
         lambda m: m["planned"].append(synthetic_cell("sgd", GOAL, 9, 4).model_dump())
     )
+    assert "score" in problems(lambda m: m["rows"][0].update(score=10**400))
+    assert "seeds_missing" in problems(lambda m: m["rows"][0].update(seeds_missing=False))
     assert "suite" in problems(lambda m: m.update(suite="other"))
     name = next(iter(json.loads(text)["files"]))
+    assert "bytes" in problems(lambda m: m["files"][name].update(bytes=1))
     assert "not in the manifest" in problems(lambda m: m["files"].pop(name))
     assert "missing" in problems(
         lambda m: m["files"].update({"../../etc/passwd": {"sha256": "0" * 64, "bytes": 1}})
@@ -530,6 +560,9 @@ def test_tampering_with_a_bundle_is_found(results, tmp_path):
     # Same length, and nothing else depends on it: only the hash can tell.
     run_file.write_text(original.replace('"threads": 1', '"threads": 2'))
     assert "hash" in "\n".join(verify(output).problems)
+    # The leaderboard of damaged records differs, too; only the damage is worth a line.
+    edit_run(run_file.parent, updates=3)
+    assert "leaderboard" not in "\n".join(verify(output).problems)
     run_file.write_text(original)
     assert verify(output).ok
     (run_file.parent / "notes.md").write_text("")
@@ -612,6 +645,10 @@ def test_archive_bombs_are_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(contents.MAX_BYTES, UPDATES_FILE, 1000)
     path = archive_of(tmp_path / "c.tar.gz", [(member("s/updates.jsonl"), bytes(2000))])
     assert "2000 bytes" in one_line(path)
+    monkeypatch.setattr(contents, "MAX_FILES", 0)
+    assert "more than 0 files" in one_line(path)
+    monkeypatch.setattr(contents, "MAX_ARCHIVE_BYTES", 10)
+    assert "larger than 10 bytes" in one_line(path)
 
 
 @pytest.mark.parametrize(
@@ -638,6 +675,10 @@ def test_truncated_and_headless_archives(results, tmp_path):
         data = whole.read_bytes()
         cut.write_bytes(data[: int(share * len(data))])
         one_line(cut)
+    # A whole .gz of a part of the archive.
+    data = gzip.decompress(whole.read_bytes())
+    cut.write_bytes(gzip.compress(data[: len(data) // 2]))
+    assert "unexpected end of data" in one_line(cut)
     path = archive_of(tmp_path / "c.tar.gz", [(member("s/run.json"), b"{}")])
     assert "has no manifest.json" in one_line(path)
 

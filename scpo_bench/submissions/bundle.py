@@ -63,7 +63,7 @@ def bundle(results: Path, suite: str, output: Path, planned: Sequence[Cell] = ()
 
 
 def _record_files(root: Path, suite: str) -> dict[str, bytes]:
-    """Path below ``root`` -> content, sorted by path."""
+    """Path below ``root`` -> content, in a fixed order."""
     contents: dict[str, bytes] = {}
     for folder in run_folders(root):
         if (found := read_run(folder).suite) != suite:
@@ -74,7 +74,7 @@ def _record_files(root: Path, suite: str) -> dict[str, bytes]:
                 raise RecordError(f"{path}: bundles cannot contain a file of this name")
             if path.is_file():
                 contents[name] = path.read_bytes()
-    return dict(sorted(contents.items()))
+    return contents
 
 
 def _archive(contents: dict[str, bytes], top: str) -> bytes:
