@@ -325,12 +325,12 @@ def bundle(
     """Pack a suite's records for submission: records, configuration, provenance; no code, no
     pickles.
     """
-    from scpo_bench.submissions import verify as verification
+    from scpo_bench.submissions import bundle as packing
     from scpo_bench.suites.cells import cells
 
     suites = _benchmarks(file).suites
     planned = cells(suites[suite]) if suite in suites else []
-    typer.echo(verification.bundle(results, suite, output or Path(f"{suite}.tar.gz"), planned))
+    typer.echo(packing.bundle(results, suite, output or Path(f"{suite}.tar.gz"), planned))
 
 
 @app.command()

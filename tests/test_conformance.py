@@ -1,5 +1,6 @@
-"""`scpo-bench check`: what keeps to the contract passes, and each way of breaking it is found by
-the check named for it.
+"""`scpo-bench check`: agents that keep to the contract pass.
+
+Each way of breaking it is found by the check named for it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from scpo_bench.checks.conformance import TRIVIAL, check
 from scpo_bench.cli import app
+from scpo_bench.errors import UserError
 from scpo_bench.records.schema import Cell
 from scpo_bench.runs.harness import run_cell
 
@@ -102,11 +104,12 @@ BROKEN = {
     "Outside": "actions are finite and inside their space: ActionError: array([2.1]",
     "Unseeded": "same seed, same record",
     "Constant": "learns",
-    "Endless": "keeps to the step budget: asked for 1000, took 2",
-    "Short": "keeps to the step budget: asked for 1000, took 5",
+    "Endless": "keeps to the step budget: asked for 1000, took 2080, at most 80",
+    "Short": "keeps to the step budget: asked for 1000, took 560, at most 80",
     "Unloadable": "save and load keep the policy: RuntimeError: no such thing",
     "Forgetful": "save and load keep the policy: 64 observations",
-    "Unpicklable": "goes on after being stopped: its state cannot be pickled, so a killed run starts again; lock: TypeError",
+    "Unpicklable": "resumes after being stopped: its state cannot be pickled, so a killed run"
+    " starts again; lock: TypeError",
     "Raising": "constructed as Agent(policy, env, seed=..., **config): RuntimeError: not today",
     "Failing": "runs without an error: RuntimeError: not today",
     "Exiting": "runs without an error: SystemExit: 3",
@@ -129,8 +132,9 @@ def scpo_bench_check(*arguments):
 
 @pytest.mark.filterwarnings("ignore:.*symmetric and normalized space")  # it is neither, on purpose
 def test_trivial_task_is_a_sound_environment():
-    """Gymnasium's own checks pass; the expert's action costs nothing and earns the best return; no
-    other action is taken.
+    """Gymnasium's own checks pass, and other actions are refused.
+
+    The expert's action costs nothing and earns the best return.
     """
     env = gym.make(TRIVIAL)
     check_env(env.unwrapped, skip_render_check=True)
@@ -150,7 +154,7 @@ def test_trivial_task_is_a_sound_environment():
     [("agents.py:Good", FEW_UPDATES), ("scpo", "{}")],
 )
 def test_agents_that_keep_to_the_contract_conform(agents_file, agent, config):
-    """Every check passes, status 0, and nothing is left behind."""
+    """Every check passes with status 0, and no files are left behind."""
     result = scpo_bench_check(agent, "--config", config)
     assert result.exit_code == 0, result.output
     *findings, last = result.stdout.splitlines()
@@ -160,12 +164,11 @@ def test_agents_that_keep_to_the_contract_conform(agents_file, agent, config):
     assert [p.name for p in agents_file.iterdir() if p.is_dir() and "check" in p.name] == []
 
 
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # a save() that fails leaves its file open
+# A save() that fails leaves its file open.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_agents_are_found_by_the_check_named_for_it(agents_file, name):
-    """One line says what and where, status 1; the records and tracebacks stay for a closer look."""
+    """One line says what and where, status 1; the records and tracebacks are kept."""
     result = scpo_bench_check(f"agents.py:{name}", "--steps", "2000", "--config", FEW_UPDATES)
     assert result.exit_code == 1, result.output
     failed = [line for line in result.stdout.splitlines() if line.startswith("FAILED")]
@@ -195,19 +198,16 @@ def test_broken_agents_are_found_by_the_check_named_for_it(agents_file, name):
     ],
 )
 def test_mistakes_on_the_command_line_are_one_line(agents_file, arguments, message):
-    """A ValueError that `main` prints as one line with status 2."""
-    from scpo_bench.cli import _is_users
-
+    """A UserError, which `main` prints as one line with status 2."""
     (agents_file / "bad.py").write_text("1 / 0")
     (agents_file / "leaving.py").write_text("import sys; sys.exit(3)")
     error = scpo_bench_check(*arguments).exception
-    assert _is_users(error), error
+    assert isinstance(error, UserError), error
     assert message in str(error)
-    assert "\n" not in str(error)
 
 
 def test_ctrl_c_ends_the_check(tmp_path, monkeypatch):
-    """The user's own interrupt is not taken for one of the check's."""
+    """The user's interrupt is not mistaken for the one that ends a run early."""
 
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
@@ -218,9 +218,43 @@ def test_ctrl_c_ends_the_check(tmp_path, monkeypatch):
 
 
 def test_an_agent_that_exits_has_not_finished(agents_file):
-    """sys.exit() inside an agent is its failure, and neither ends the harness nor counts as a
-    finished run.
-    """
+    """sys.exit() in an agent is a failure; it neither ends the harness nor finishes the run."""
     cell = Cell(agent="agents.py:Exiting", task=TRIVIAL, seed=0, steps=100, cost_limit=10.0)
     run = run_cell(cell, agents_file / "run", "s")
     assert (run.status, run.error, run.digest) == ("failed", "SystemExit: 3", None)
+
+
+def test_every_update_is_reported(tmp_path):
+    """What stops a run by its progress stops it at the same update on any machine."""
+    cell = Cell(
+        agent="sgd",
+        task="scpo_bench/HarmfulRegression-v0",
+        seed=0,
+        steps=400,
+        num_envs=4,
+        start="backup",
+        evaluation_episodes=4,
+        cost_limit=0.0,
+    )
+    reported = []
+    run = run_cell(cell, tmp_path, "s", lambda steps, updates: reported.append((steps, updates)))
+    assert run.updates == 5
+    assert sorted(set(reported)) == [(120 * number, number + 1) for number in range(5)]
+
+
+def test_findings_do_not_depend_on_the_reports(agents_file, monkeypatch):
+    """On a machine so fast that it reports progress rarely, a run is judged by the same updates."""
+    findings = {}
+    for every in (1, 7):
+
+        def rarely(cell, folder, suite, progress, every=every):
+            return run_cell(
+                cell, folder, suite, lambda s, u: progress(s, u) if u % every == 0 else None
+            )
+
+        monkeypatch.setattr("scpo_bench.checks.conformance.run_cell", rarely)
+        config = {"n_steps": 20}
+        findings[every] = list(
+            check("agents.py:Endless", config, 2000, agents_file / f"every-{every}")
+        )
+    assert findings[1] == findings[7]

@@ -1,5 +1,6 @@
-"""Verification finds tampering, refuses what is no record, and touches nothing outside; bundles are
-the same bytes every time.
+"""Verification finds tampering, refuses what is not a record and touches nothing outside.
+
+Bundles are the same bytes every time.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import io
 import json
 import os
 import pickle
+import shutil
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,17 +33,12 @@ from scpo_bench.records.files import (
     RUN_FILE,
     UPDATES_FILE,
     RecordError,
-    read_updates,
 )
 from scpo_bench.records.schema import Update
-from scpo_bench.submissions.verify import (
-    MANIFEST_FILE,
-    Refused,
-    bundle,
-    compare,
-    safe_parts,
-    verify,
-)
+from scpo_bench.submissions import contents
+from scpo_bench.submissions.bundle import bundle
+from scpo_bench.submissions.contents import MANIFEST_FILE, Refused, safe_parts
+from scpo_bench.submissions.verify import verify
 
 
 @pytest.fixture
@@ -97,9 +95,7 @@ def numbers_of(value: object, path: tuple[str, ...] = ()) -> list[tuple[str, ...
 
 
 def test_every_changed_number_in_the_updates_is_found(run_folder):
-    """Each number of a line, timing included, is changed by itself; verification must say no every
-    time.
-    """
+    """Each number of a line, timing included, is changed by itself and found every time."""
     original = (run_folder / COMPRESSED_UPDATES_FILE).read_bytes()
     lines = gzip.decompress(original).splitlines()
     paths = numbers_of(json.loads(lines[3]))
@@ -169,7 +165,7 @@ def test_a_changed_run_file_is_found(run_folder, field, value, named):
     ],
 )
 def test_a_changed_length_or_form_is_found(run_folder, change):
-    """Lines taken away, added, reordered or written otherwise, though each number may stay."""
+    """Lines removed, added, reordered or written in another way, even if each number stays."""
     edit_lines(run_folder, change)
     assert not verify(run_folder).ok
 
@@ -206,9 +202,7 @@ def test_a_forged_digest_does_not_help(tmp_path):
 
 
 def test_killed_and_failed_runs_are_consistent(tmp_path):
-    """A run that was killed mid-line, or failed before its first update, is an honest record of
-    that.
-    """
+    """A run killed in the middle of a line, or failed before its first update, is still honest."""
     killed = synthetic_cell("sgd", IMITATION, 0, 10)
     folder = write_record(
         tmp_path, "s", killed, synthetic_updates(killed, 10)[:5], status="running"
@@ -222,7 +216,7 @@ def test_killed_and_failed_runs_are_consistent(tmp_path):
     assert report.ok, report.problems
     assert (report.runs, report.finished) == (2, 0)
     notes = "\n".join(report.notes)
-    assert "cut short" in notes
+    assert "the last line is incomplete" in notes
     assert "failed (ValueError: no)" in notes
     assert "traceback.txt" in notes
 
@@ -243,11 +237,23 @@ def test_copies_and_strays_are_found(results):
 
 
 def test_both_forms_at_once_are_found(run_folder):
-    """Which of two update files counts must never be a question."""
+    """It must always be clear which file of updates counts."""
     (run_folder / UPDATES_FILE).write_bytes(
         gzip.decompress((run_folder / COMPRESSED_UPDATES_FILE).read_bytes())
     )
     assert any("one of them" in line for line in verify(run_folder).problems)
+
+
+def test_missing_updates_are_found(run_folder):
+    """A finished run without its updates, or one that counts some, hides what happened."""
+    (run_folder / COMPRESSED_UPDATES_FILE).unlink()
+    assert any("no file of them" in line for line in verify(run_folder).problems)
+    edit_run(run_folder, status="failed", digest=None)
+    assert any("no file of them" in line for line in verify(run_folder).problems)
+    edit_run(run_folder, updates=0)
+    assert verify(run_folder).ok
+    edit_run(run_folder, cell__steps=10**400)
+    assert any("steps: expected at most" in line for line in verify(run_folder).problems)
 
 
 # What is refused.
@@ -263,7 +269,7 @@ def one_line(path: Path) -> str:
 
 
 class Payload:
-    """Unpickling one of these writes a file: the canary that nothing here unpickles."""
+    """Unpickling one of these creates a file, which shows that something was unpickled."""
 
     def __reduce__(self):
         return (Path.touch, (Path(self.target),))
@@ -278,7 +284,7 @@ def test_pickles_and_other_files_are_refused(run_folder, tmp_path):
     data = pickle.dumps(Payload(canary))
     extra = run_folder / "model.pkl"
     extra.write_bytes(data)
-    assert "model.pkl: no part of a record" in one_line(run_folder)
+    assert "model.pkl: not part of a record" in one_line(run_folder)
     extra.unlink()
     (run_folder / COMPRESSED_UPDATES_FILE).write_bytes(gzip.compress(data, mtime=0))
     assert not verify(run_folder).ok
@@ -288,7 +294,7 @@ def test_pickles_and_other_files_are_refused(run_folder, tmp_path):
 
 
 def test_links_are_refused(run_folder, tmp_path):
-    """A link could make verification read, and a report show, any file of this machine."""
+    """A link could make verification read, and a report show, any file on this machine."""
     secret = tmp_path / "secret"
     secret.write_text("{}")
     (run_folder / RUN_FILE).unlink()
@@ -299,53 +305,41 @@ def test_links_are_refused(run_folder, tmp_path):
     assert "symbolic link" in one_line(run_folder)
 
 
+def test_names_with_control_characters_are_refused(run_folder):
+    """A name could otherwise steer the terminal that shows it."""
+    (run_folder / "\x1b[2J").mkdir()
+    (run_folder / "\x1b[2J" / UPDATES_FILE).write_text("")
+    assert "control characters" in one_line(run_folder)
+
+
 def test_devices_are_refused(run_folder):
-    """Opening a pipe would wait for ever."""
+    """Opening a pipe would block forever."""
     (run_folder / COMPRESSED_UPDATES_FILE).unlink()
     os.mkfifo(run_folder / COMPRESSED_UPDATES_FILE)
     assert "neither a file nor a folder" in one_line(run_folder)
 
 
-def test_a_huge_line_is_refused_without_reading_it(run_folder):
-    """A line of 1 GB, plain or as a compressed bomb, costs neither memory nor time."""
-    path = run_folder / UPDATES_FILE
-    (run_folder / COMPRESSED_UPDATES_FILE).unlink()
+def test_huge_updates_are_not_read(run_folder, monkeypatch):
+    """A line of 1 GB, plain or as a compression bomb, is reported without filling the memory."""
+    path, compressed = run_folder / UPDATES_FILE, run_folder / COMPRESSED_UPDATES_FILE
+    lines = compressed.read_bytes()
+    compressed.unlink()
     with open(path, "wb") as file:
         file.truncate(1_000_000_000)
     assert "1000000000 bytes" in one_line(run_folder)
     path.unlink()
-    # A gzip file may be many pieces one after the other: 1 MB of zeros, a thousand times.
-    (run_folder / COMPRESSED_UPDATES_FILE).write_bytes(
-        1000 * gzip.compress(b"0" * 1_000_000, mtime=0)
-    )
-    assert "a line of more than" in one_line(run_folder)
-    (run_folder / COMPRESSED_UPDATES_FILE).write_bytes(
-        1000 * gzip.compress(b"0\n" * 500_000, mtime=0)
-    )
-    assert "bytes of updates" in one_line(run_folder)
-
-
-def test_a_line_is_measured_across_pieces(run_folder, monkeypatch):
-    """Long lines must not hide at the seams of what is read at once; lines of just the allowed
-    length pass the scan.
-    """
-    from scpo_bench.submissions import verify as module
-
-    monkeypatch.setattr(module, "MAX_LINE_BYTES", 10)
-    monkeypatch.setattr(module, "_CHUNK", 10)
-    path = run_folder / UPDATES_FILE
-    for text, fits in (
-        (b"0123456789\n" * 5, True),
-        (b"01\n" * 7, True),
-        (b"01\n01234567890\n", False),
-        (b"0" * 25, False),
-    ):
-        path.write_bytes(text)
-        if fits:
-            assert module._scan_updates(path) == (hashlib.sha256(text).hexdigest(), True)
-        else:
-            with pytest.raises(Refused, match="line of more than 10 bytes"):
-                module._scan_updates(path)
+    for data in (b"0" * 1_000_000, b"0\n" * 500_000):
+        # A gzip file may consist of many members: these expand to 1 GB.
+        compressed.write_bytes(1000 * gzip.compress(data, mtime=0))
+        tracemalloc.start()
+        problems = verify(run_folder).problems
+        assert tracemalloc.get_traced_memory()[1] < 20_000_000
+        tracemalloc.stop()
+        assert problems[0].startswith(f"{COMPRESSED_UPDATES_FILE}: line 1: ")
+    # Nor are lines read without end, each of which is valid.
+    monkeypatch.setattr("scpo_bench.records.files.MAX_FILE_BYTES", 1000)
+    compressed.write_bytes(lines)
+    assert "line 2: " in verify(run_folder).problems[0]
 
 
 @pytest.mark.parametrize(
@@ -363,10 +357,10 @@ def test_deep_json_is_a_problem_not_a_crash(run_folder, value):
 
 
 @pytest.mark.parametrize("token", ["NaN", "Infinity", "-Infinity", "1e999"])
-def test_numbers_that_are_none_are_found(run_folder, token):
+def test_numbers_that_are_not_finite_are_found(run_folder, token):
     """NaN compares false with every limit: unchecked it would pass as safe.
 
-    In free-form fields it breaks the key.
+    In free-form fields no key can be computed from it.
     """
 
     def put(lines: list[bytes]) -> list[bytes]:
@@ -383,26 +377,28 @@ def test_numbers_that_are_none_are_found(run_folder, token):
     assert not verify(run_folder).ok
 
 
-def test_files_that_claim_too_much_are_refused(tmp_path):
-    """Thousands of nested folders or a run.json of megabytes are no results."""
+def test_too_much_of_anything_is_refused(results, tmp_path, monkeypatch):
+    """Deeply nested folders, a run.json of megabytes or a million files are not results."""
     deep = tmp_path / "deep" / "/".join("d" * 15)
     deep.mkdir(parents=True)
-    assert "deep" in one_line(tmp_path / "deep")
+    assert "folders more than 12 deep" in one_line(tmp_path / "deep")
     large = tmp_path / "large"
     large.mkdir()
     (large / RUN_FILE).write_text(" " * 2_000_000)
-    assert "larger than" in one_line(large)
+    assert "2000000 bytes" in one_line(large)
+    monkeypatch.setattr(contents, "MAX_FILES", 10)
+    assert "more than 10 files" in one_line(results)
 
 
 def test_nothing_to_verify(tmp_path):
-    """A mistyped path is said to be one."""
+    """A mistyped path is named."""
     assert "not found" in one_line(tmp_path / "none")
     (tmp_path / "empty").mkdir()
     assert "no records" in one_line(tmp_path / "empty")
 
 
-def test_own_output_beside_records_is_passed_over(results):
-    """Figures and tables made of one's records do not spoil them; a script does."""
+def test_own_output_beside_records_is_ignored(results):
+    """Figures and tables generated from the records are tolerated beside them; a script is not."""
     (results / "s" / "plots").mkdir()
     (results / "s" / "plots" / "a.png").write_bytes(b"")
     (results / "s" / "leaderboard.md").write_text("")
@@ -415,14 +411,18 @@ def test_own_output_beside_records_is_passed_over(results):
     assert "run.py" in one_line(results)
 
 
-def test_runs_set_aside_are_passed_over(results):
-    """Folders that the launcher set aside (name~key) are no part of the results."""
+def test_runs_set_aside_are_ignored(results, tmp_path):
+    """Folders that the launcher set aside (name~key) are not part of results or bundles."""
     folder = folder_of(results, "s", synthetic_cell("scpo", IMITATION, 0, 4))
     folder.rename(folder.with_name("seed-0~0123456789ab"))
     report = verify(results)
     assert report.ok
     assert report.runs == 7
     assert any("set aside" in note for note in report.notes)
+    output = bundle(results, "s", tmp_path / "b")
+    assert verify(output).runs == 7
+    shutil.copytree(folder.with_name("seed-0~0123456789ab"), output / "seed-0~0")
+    assert "seed-0~0" in one_line(output)
 
 
 # Bundles.
@@ -447,6 +447,7 @@ def test_bundles_verify_and_repeat(results, tmp_path, name):
             hashlib.sha256(output.read_bytes()).digest()
             == hashlib.sha256(again.read_bytes()).digest()
         )
+        assert output.read_bytes()[4:8] == bytes(4)  # no time in the header
         with tarfile.open(output) as tar:
             names = tar.getnames()
             assert names[0] == f"s/{MANIFEST_FILE}"
@@ -463,8 +464,9 @@ def test_bundles_verify_and_repeat(results, tmp_path, name):
 
 
 def test_a_bundle_inside_a_results_folder_is_verified_as_one(results, tmp_path):
-    """Somebody's bundle, unpacked or not, beside one's own records: it keeps its seal, and its
-    problems are told with its name.
+    """Somebody's bundle beside one's own records is checked against its manifest.
+
+    Its problems are reported with its name.
     """
     bundle(results, "s", results / "theirs")
     bundle(results, "s", results / "theirs.tar.gz")
@@ -473,19 +475,17 @@ def test_a_bundle_inside_a_results_folder_is_verified_as_one(results, tmp_path):
     assert (report.runs, report.finished, report.sealed) == (16, 16, False)
     notes = "\n".join(report.notes)
     assert "theirs: a bundle of 8 runs, every file as in its manifest" in notes
-    assert "theirs.tar.gz: not looked at; a packed bundle is verified by itself" in notes
+    assert "theirs.tar.gz: ignored; a packed bundle is verified by itself" in notes
     run_file = next((results / "theirs").rglob(RUN_FILE))
     run_file.write_text(run_file.read_text().replace('"threads": 1', '"threads": 2'))
     assert all(line.startswith("theirs: ") and "hash" in line for line in verify(results).problems)
     (results / "theirs" / "notes.md").write_text("")
-    assert "bundle theirs: notes.md: no part of a record" in one_line(results)
+    assert "bundle theirs: notes.md: not part of a record" in one_line(results)
     (results / "theirs" / "notes.md").unlink()
     (run_file.parent / MANIFEST_FILE).write_text("{}")
-    assert (
-        f"bundle theirs: {run_file.parent.relative_to(results / 'theirs')}/{MANIFEST_FILE}: no part"
-        in one_line(results)
-    )
-    # Nothing but bundles is a results folder, too.
+    place = run_file.parent.relative_to(results / "theirs")
+    assert f"bundle theirs: {place}/{MANIFEST_FILE}: not part" in one_line(results)
+    # A folder with nothing but bundles is a results folder, too.
     other = tmp_path / "other"
     bundle(results, "s", other / "theirs")
     assert verify(other).runs == 8
@@ -503,13 +503,20 @@ def test_bundles_hold_records_only(results, tmp_path):
     }
 
 
-def test_bundling_needs_consistent_records_and_a_free_place(results, tmp_path):
-    """Nothing is written over, and damage is named before it is published."""
+def test_bundling_needs_consistent_records_and_a_new_path(results, tmp_path):
+    """Nothing is overwritten, and damage is named before it is published."""
     (tmp_path / "there").mkdir()
     with pytest.raises(RecordError, match="exists already"):
         bundle(results, "s", tmp_path / "there")
     with pytest.raises(RecordError, match="not found"):
         bundle(results, "other", tmp_path / "b")
+    shutil.copytree(results / "s", results / "t")
+    with pytest.raises(RecordError, match="a record of suite 's', not 't'"):
+        bundle(results, "t", tmp_path / "b")
+    (results / "s" / "scpo_bench.DoubleIntegratorImitation-v0").rename(results / "s" / "a:b")
+    with pytest.raises(RecordError, match="cannot contain a file of this name"):
+        bundle(results, "s", tmp_path / "b")
+    (results / "s" / "a:b").rename(results / "s" / "scpo_bench.DoubleIntegratorImitation-v0")
     edit_run(folder_of(results, "s", synthetic_cell("scpo", IMITATION, 0, 4)), updates=3)
     with pytest.raises(RecordError, match="not consistent"):
         bundle(results, "s", tmp_path / "b")
@@ -517,9 +524,7 @@ def test_bundling_needs_consistent_records_and_a_free_place(results, tmp_path):
 
 
 def test_tampering_with_a_bundle_is_found(results, tmp_path):
-    """The aggregate, the provenance, a file's bytes, a missing file, an extra one: the manifest
-    knows them all.
-    """
+    """The manifest covers aggregates, provenance, the bytes of files, missing and extra files."""
     output = bundle(results, "s", tmp_path / "b")
     manifest = output / MANIFEST_FILE
     text = manifest.read_text()
@@ -541,10 +546,13 @@ def test_tampering_with_a_bundle_is_found(results, tmp_path):
     assert "seeds_missing" in problems(
         lambda m: m["planned"].append(synthetic_cell("sgd", GOAL, 9, 4).model_dump())
     )
+    assert "score" in problems(lambda m: m["rows"][0].update(score=10**400))
+    assert "seeds_missing" in problems(lambda m: m["rows"][0].update(seeds_missing=False))
     assert "suite" in problems(lambda m: m.update(suite="other"))
     name = next(iter(json.loads(text)["files"]))
+    assert "bytes" in problems(lambda m: m["files"][name].update(bytes=1))
     assert "not in the manifest" in problems(lambda m: m["files"].pop(name))
-    assert "not there" in problems(
+    assert "missing" in problems(
         lambda m: m["files"].update({"../../etc/passwd": {"sha256": "0" * 64, "bytes": 1}})
     )
     run_file = next(output.rglob(RUN_FILE))
@@ -552,6 +560,9 @@ def test_tampering_with_a_bundle_is_found(results, tmp_path):
     # Same length, and nothing else depends on it: only the hash can tell.
     run_file.write_text(original.replace('"threads": 1', '"threads": 2'))
     assert "hash" in "\n".join(verify(output).problems)
+    # The leaderboard of damaged records differs, too; only the damage is worth a line.
+    edit_run(run_file.parent, updates=3)
+    assert "leaderboard" not in "\n".join(verify(output).problems)
     run_file.write_text(original)
     assert verify(output).ok
     (run_file.parent / "notes.md").write_text("")
@@ -559,7 +570,7 @@ def test_tampering_with_a_bundle_is_found(results, tmp_path):
 
 
 def test_planned_cells_taken_out_of_a_bundle_are_found(results, tmp_path):
-    """Leaving failures out of the plan would hide them: the rows then no longer agree."""
+    """Removing failures from the plan would hide them; the rows then no longer agree."""
     planned = [synthetic_cell("scpo", IMITATION, seed, 4) for seed in range(3)]
     output = bundle(results, "s", tmp_path / "b", planned)
     manifest = output / MANIFEST_FILE
@@ -586,25 +597,25 @@ def member(name: str, type: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.
 @pytest.mark.parametrize(
     ("hostile", "named"),
     [
-        (member("../run.json"), "no path inside"),
-        (member("a/../../run.json"), "no path inside"),
-        (member("/tmp/run.json"), "no path inside"),
-        (member("a\\..\\run.json"), "no path inside"),
-        (member("C:/run.json"), "no path inside"),
-        (member("/".join("d" * 20) + "/run.json"), "no path inside"),
-        (member("a\x1b[2J/run.json"), "no path inside"),
-        (member("s/run.json", tarfile.SYMTYPE, "/etc/passwd"), "no plain file"),
-        (member("s/run.json", tarfile.LNKTYPE, "../../x"), "no plain file"),
-        (member("s/run.json", tarfile.FIFOTYPE), "no plain file"),
-        (member("s/run.json", tarfile.CHRTYPE), "no plain file"),
-        (member("s/run.json", tarfile.DIRTYPE), "no plain file"),
-        (member("s/agent.py"), "no part of a record"),
-        (member("s/model.pkl"), "no part of a record"),
+        (member("../run.json"), "not a path inside"),
+        (member("a/../../run.json"), "not a path inside"),
+        (member("/tmp/run.json"), "not a path inside"),
+        (member("a\\..\\run.json"), "not a path inside"),
+        (member("C:/run.json"), "not a path inside"),
+        (member("/".join("d" * 20) + "/run.json"), "not a path inside"),
+        (member("a\x1b[2J/run.json"), "not a path inside"),
+        (member("s/run.json", tarfile.SYMTYPE, "/etc/passwd"), "not a plain file"),
+        (member("s/run.json", tarfile.LNKTYPE, "../../x"), "not a plain file"),
+        (member("s/run.json", tarfile.FIFOTYPE), "not a plain file"),
+        (member("s/run.json", tarfile.CHRTYPE), "not a plain file"),
+        (member("s/run.json", tarfile.DIRTYPE), "not a plain file"),
+        (member("s/agent.py"), "not part of a record"),
+        (member("s/model.pkl"), "not part of a record"),
     ],
     ids=lambda value: repr(value.name)[:30] if isinstance(value, tarfile.TarInfo) else "",
 )
 def test_hostile_archives_are_refused(tmp_path, monkeypatch, hostile, named):
-    """One line each, and not a file written where the archive wanted it."""
+    """One line each, and no file is written where the archive wants it."""
     inner = tmp_path / "temporary"
     inner.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(inner))
@@ -615,7 +626,7 @@ def test_hostile_archives_are_refused(tmp_path, monkeypatch, hostile, named):
 
 
 def test_archives_that_repeat_a_name_are_refused(tmp_path):
-    """The second must not replace the first after it was looked at."""
+    """The second must not replace the first after that was checked."""
     path = archive_of(
         tmp_path / "b.tar.gz", [(member("s/run.json"), b"{}"), (member("s/run.json"), b"{}")]
     )
@@ -623,22 +634,21 @@ def test_archives_that_repeat_a_name_are_refused(tmp_path):
 
 
 def test_archive_bombs_are_refused(tmp_path, monkeypatch):
-    """A few megabytes that expand to gigabytes, as a file or hidden in an extended header, stop at
-    the bound.
-    """
-    from scpo_bench.submissions import verify as module
-
-    monkeypatch.setattr(module, "MAX_ARCHIVE_EXPANDED_BYTES", 20_000_000)
-    monkeypatch.setattr(module, "MAX_STORED_BYTES", 50_000_000)
-    path = archive_of(tmp_path / "b.tar.gz", [(member("s/updates.jsonl"), bytes(30_000_000))])
+    """What expands far, as a file or hidden in an extended header, is read to a limit only."""
+    monkeypatch.setattr(contents, "MAX_ARCHIVE_EXPANDED_BYTES", 200_000)
+    path = archive_of(tmp_path / "b.tar.gz", [(member("s/updates.jsonl"), bytes(300_000))])
     assert "expands to more" in one_line(path)
     header = tarfile.TarInfo("pax")
-    header.type, header.size = tarfile.XHDTYPE, 30_000_000
-    path.write_bytes(gzip.compress(header.tobuf(tarfile.USTAR_FORMAT) + bytes(30_000_000), mtime=0))
+    header.type, header.size = tarfile.XHDTYPE, 300_000
+    path.write_bytes(gzip.compress(header.tobuf(tarfile.USTAR_FORMAT) + bytes(300_000), mtime=0))
     assert "expands to more" in one_line(path)
-    monkeypatch.setattr(module, "MAX_STORED_BYTES", 1000)
+    monkeypatch.setitem(contents.MAX_BYTES, UPDATES_FILE, 1000)
     path = archive_of(tmp_path / "c.tar.gz", [(member("s/updates.jsonl"), bytes(2000))])
     assert "2000 bytes" in one_line(path)
+    monkeypatch.setattr(contents, "MAX_FILES", 0)
+    assert "more than 0 files" in one_line(path)
+    monkeypatch.setattr(contents, "MAX_ARCHIVE_BYTES", 10)
+    assert "larger than 10 bytes" in one_line(path)
 
 
 @pytest.mark.parametrize(
@@ -651,26 +661,30 @@ def test_archive_bombs_are_refused(tmp_path, monkeypatch):
     ],
 )
 def test_files_that_are_no_archive(tmp_path, content):
-    """Anything else ends in one line."""
+    """Anything else is refused in one line."""
     path = tmp_path / "b.tar.gz"
     path.write_bytes(content)
     assert str(path) in one_line(path)
 
 
 def test_truncated_and_headless_archives(results, tmp_path):
-    """A broken download is named; an archive without a manifest is no bundle."""
+    """A broken download is named; an archive without a manifest is not a bundle."""
     whole = bundle(results, "s", tmp_path / "b.tar.gz")
     cut = tmp_path / "cut.tar.gz"
     for share in (0.1, 0.5, 0.9):
         data = whole.read_bytes()
         cut.write_bytes(data[: int(share * len(data))])
         one_line(cut)
+    # A whole .gz of a part of the archive.
+    data = gzip.decompress(whole.read_bytes())
+    cut.write_bytes(gzip.compress(data[: len(data) // 2]))
+    assert "unexpected end of data" in one_line(cut)
     path = archive_of(tmp_path / "c.tar.gz", [(member("s/run.json"), b"{}")])
-    assert "holds no manifest.json" in one_line(path)
+    assert "has no manifest.json" in one_line(path)
 
 
 def test_safe_parts():
-    """Only relative paths that stay below."""
+    """Only relative paths that stay below their root are safe."""
     assert safe_parts("a/b/run.json") == ("a", "b", "run.json")
     for name in ("", "/a", "..", "a/../b", "a\\b", "a:b", "~/a", "a\x00b", "a" * 300):
         assert safe_parts(name) is None, name
@@ -679,48 +693,3 @@ def test_safe_parts():
 def test_refusals_are_record_errors():
     """So that the command line shows them as one line with exit status 2."""
     assert issubclass(Refused, RecordError)
-
-
-# Re-runs.
-
-
-def test_compare(tmp_path):
-    """Equal but for timing is equal; a difference is placed at the first update that shows it, with
-    the versions beside it.
-    """
-    cell = synthetic_cell("scpo", IMITATION, 0, 5)
-    updates = synthetic_updates(cell, 5)
-    a = write_record(tmp_path / "a", "s", cell, updates)
-    slower = [
-        Update(
-            **{**u.model_dump(), "wall_time_s": 2 * u.wall_time_s, "steps_per_s": u.steps_per_s / 2}
-        )
-        for u in updates
-    ]
-    b = write_record(tmp_path / "b", "s", cell, slower, provenance={"versions": {"torch": "9"}})
-    assert compare(a, b) == []
-    changed = [
-        Update(
-            **{
-                **u.model_dump(),
-                "iterate_return": 7.0,
-                "diagnostics": {**u.diagnostics, "loss": 0.0},
-            }
-        )
-        if u.update >= 3
-        else u
-        for u in updates
-    ]
-    c = write_record(tmp_path / "c", "s", cell, changed, provenance={"versions": {"torch": "9"}})
-    differences = compare(a, c)
-    assert differences[0].startswith("update 3: iterate_return")
-    assert differences[1].startswith("update 3: diagnostics.loss")
-    assert any("torch: 2.13.0 against 9" in line for line in differences)
-    other = synthetic_cell("scpo", IMITATION, 1, 5)
-    d = write_record(tmp_path / "d", "s", other, synthetic_updates(other, 5)[:3], status="failed")
-    differences = compare(a, d)
-    assert {line.split(":")[0] for line in differences[:3]} == {"cell.seed", "status", "updates"}
-    (d / RUN_FILE).unlink()
-    with pytest.raises(RecordError, match="not found"):
-        compare(a, d)
-    assert len(read_updates(a)) == 6

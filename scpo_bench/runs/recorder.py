@@ -212,7 +212,7 @@ class UpdateRecorder(BaseCallback):
 
     log, updates, elapsed_s: of a run that goes on, what it has written so far and the seconds it
     took. checkpointer: told after every update. progress: called with (interaction steps, updates)
-    now and then.
+    after every update, and now and then in between.
     """
 
     def __init__(
@@ -240,6 +240,9 @@ class UpdateRecorder(BaseCallback):
             self._checkpointer.save(
                 self.model, self._recording, self._log, time.perf_counter() - self._began
             )
+            # After every update, so that what stops a run by it does so at the same update always.
+            if self._progress:
+                self._progress(self._recording.steps, len(self.updates))
 
     def _on_rollout_end(self) -> None:
         self._collected = True

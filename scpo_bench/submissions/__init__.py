@@ -1,1 +1,1 @@
-"""Records of others: bundles, their verification, and running their cells again."""
+"""Records made by others: bundles, their verification, and re-running their cells."""

@@ -38,7 +38,7 @@ assert report.ok, report
 size = report.runs
 """,
     "bundle": """
-from scpo_bench.submissions.verify import bundle
+from scpo_bench.submissions.bundle import bundle
 size = bundle(Path(root), "s", Path(root).parent / "b.tar.gz").stat().st_size
 """,
     "plot": """
