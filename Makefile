@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: bench test lint format leaderboard clean
+.PHONY: bench test mutants lint format leaderboard clean
 
 bench: $(INSTALLED)  ## run the quick suite with all agents and print the leaderboard
 	$(BIN)/scpo-bench run quick --jobs $(JOBS)
@@ -13,6 +13,9 @@ bench: $(INSTALLED)  ## run the quick suite with all agents and print the leader
 
 test: $(INSTALLED)  ## all tests
 	$(BIN)/python -m pytest -n $(JOBS)
+
+mutants: $(INSTALLED)  ## break one line at a time: which breaks do the tests notice? (an hour)
+	$(BIN)/python tests/mutants.py --jobs $(JOBS)
 
 lint: $(INSTALLED)  ## style and types
 	$(BIN)/ruff check scpo_bench envs baselines tests
