@@ -29,7 +29,7 @@ from scpo_bench.baselines.ppo_lagrangian import PPOLagrangian
 from scpo_bench.checks import falsify
 from scpo_bench.contract import ProbeMeter
 from scpo_bench.policies import AffineBackup, BackupActorCriticPolicy
-from scpo_bench.runs.native_vec_env import NativeVecEnv
+from scpo_bench.runs.environments import NativeVecEnv
 from scpo_bench.scpo.agent import SCPO
 from scpo_bench.scpo.constraints import Expected
 from scpo_bench.scpo.directions import DirectionMemory

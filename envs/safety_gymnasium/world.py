@@ -10,7 +10,6 @@ import functools
 import io
 import pickle
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import mujoco
@@ -25,8 +24,6 @@ __all__ = [
     "load_episode",
     "load_robot",
     "mixed",
-    "robot_snapshot_functions",
-    "robot_snapshot_size",
 ]
 
 _FULL_STATE = mujoco.mjtState.mjSTATE_INTEGRATION
@@ -54,7 +51,6 @@ _LAGGING = (
     *("cam_xpos", "cam_xmat", "light_xpos", "light_xdir"),
     *("cinert", "cvel", "qfrc_actuator", "cfrc_ext", "cfrc_int", "cacc", "qacc"),
 )
-_READ_BEFORE_A_STEP = ("xpos", "xipos")  # of these: Ant's and Humanoid's position
 
 
 @functools.cache
@@ -123,8 +119,7 @@ class CurrentTask:
 
 
 class SeededBuilder:
-    """Builder mixin: no draw from numpy's global generator; the tasks are made from mixed classes.
-    """
+    """Builder mixin: no draw from numpy's global generator; the tasks are made from mixed classes."""
 
     task_mixins: tuple[type, ...] = ()
 
@@ -266,41 +261,3 @@ def load_robot(robot: Any, state: dict[str, Any]) -> None:
     mujoco.mj_forward(robot.model, robot.data)
     for name, array in state["lagging"].items():
         getattr(robot.data, name)[:] = array
-
-
-def robot_snapshot_size(robot: Any) -> int:
-    """float64 numbers in a robot's snapshot."""
-    return mujoco.mj_stateSize(robot.model, _FULL_STATE) + sum(
-        getattr(robot.data, name).size for name in _READ_BEFORE_A_STEP
-    )
-
-
-def robot_snapshot_functions(
-    robot: Any, memory: np.ndarray
-) -> tuple[Callable[[], None], Callable[[], None]]:
-    """(write, read): what a robot's next step depends on, into ``memory`` [robot_snapshot_size]
-    float64 and back.
-
-    A fraction of ``dump_robot``, the rest of which is for drawing, in microseconds: what can be
-    looked up before is.
-    """
-    model, data, which = robot.model, robot.data, int(_FULL_STATE)
-    end = mujoco.mj_stateSize(model, _FULL_STATE)
-    physics = memory[:end]
-    lagging = []
-    for name in _READ_BEFORE_A_STEP:
-        array = getattr(data, name).reshape(-1)
-        lagging.append((memory[end : end + array.size].data.cast("B"), array.data.cast("B")))
-        end += array.size
-
-    def write() -> None:
-        mujoco.mj_getState(model, data, physics, which)
-        for there, here in lagging:
-            there[:] = here
-
-    def read() -> None:
-        mujoco.mj_setState(model, data, physics, which)
-        for there, here in lagging:
-            here[:] = there
-
-    return write, read

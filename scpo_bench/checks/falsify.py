@@ -146,7 +146,7 @@ def train(cell: Cell, progress: Callable[[int], None]) -> tuple[Any, _WatchingGu
         def _on_rollout_start(self) -> None:
             progress(self.model.guard.updates)  # type: ignore[attr-defined]
 
-    agent = make_agent(cell, make_training_env(cell))
+    agent: Any = make_agent(cell, make_training_env(cell))
     agent.guard = _WatchingGuard(agent.config)
     agent.learn(cell.steps, Watch())
     return agent, agent.guard
