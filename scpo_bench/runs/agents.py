@@ -30,7 +30,9 @@ def make_agent(cell: Cell, env: VecEnv) -> Agent:
     # One branch of the seed tree per use: the agent's generators and its environments' must differ.
     seed = int(np.random.SeedSequence(cell.seed).generate_state(1)[0])
     config = dict(cell.config)
-    if "cost_limit" in _config_fields(agent_class):
+    config_class = getattr(agent_class, "Config", None)
+    fields = dataclasses.fields(config_class) if dataclasses.is_dataclass(config_class) else ()
+    if "cost_limit" in (field.name for field in fields):
         # One limit per cell: the agent is told the limit that its policies are judged by.
         config.setdefault("cost_limit", cell.cost_limit)
     policy: str | type[ActorCriticPolicy] = "MlpPolicy"
@@ -66,14 +68,6 @@ def _start_policy(cell: Cell, env: VecEnv) -> AffineBackup:
             "use 'zero' or 'random'"
         )
     return AffineBackup(*task.backup_gain())
-
-
-def _config_fields(agent_class: type[Any]) -> set[str]:
-    """Names of the fields of the agent's Config dataclass, if it has one."""
-    config_class = getattr(agent_class, "Config", None)
-    if not dataclasses.is_dataclass(config_class):
-        return set()
-    return {field.name for field in dataclasses.fields(config_class)}
 
 
 def resolved_config(agent: Agent) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import gymnasium as gym
@@ -27,6 +27,24 @@ class Evaluation:
     mean_cost: float
     worst: float | None
     objective: float | None
+
+
+@dataclass
+class _Episode:
+    """What one episode has come to so far."""
+
+    total_return: float = 0.0
+    cost: float = 0.0
+    worst: float = -np.inf
+    losses: list[float] = field(default_factory=list)
+
+    def add(self, reward: float, info: dict[str, Any]) -> None:
+        self.total_return += reward
+        self.cost += float(info["cost"])
+        if "constraint_values" in info:
+            self.worst = max(self.worst, float(np.max(info["constraint_values"])))
+        if "objective_loss" in info:
+            self.losses.append(info["objective_loss"])
 
 
 class Evaluator:
@@ -67,34 +85,31 @@ class Evaluator:
         return _summary(returns, costs, worst, losses)
 
     def _evaluate_each(self, predict: Predict) -> Evaluation:
-        """Several episodes side by side, so that one prediction serves them all."""
-        n = len(self._seeds)
-        returns, costs = np.zeros(n), np.zeros(n)
-        worst = -np.inf
-        losses: list[list[float]] = [[] for _ in range(n)]
-        for first in range(0, n, len(self._envs)):
-            episodes = range(first, min(first + len(self._envs), n))
-            envs = dict(zip(episodes, self._envs))
-            starts = [env.reset(seed=self._seeds[i])[0] for i, env in envs.items()]
-            observations = np.stack(starts)
-            running = list(episodes)
-            while running:
-                # An episode that has ended keeps its row: by rounding, an action may depend on the
-                # number of observations it is predicted with.
-                actions = predict(observations)
-                for i in tuple(running):
-                    row = i - first
-                    observation, reward, terminated, truncated, info = envs[i].step(actions[row])
-                    observations[row] = observation
-                    returns[i] += float(reward)
-                    costs[i] += float(info["cost"])
-                    if "constraint_values" in info:
-                        worst = max(worst, float(np.max(info["constraint_values"])))
-                    if "objective_loss" in info:
-                        losses[i].append(info["objective_loss"])
-                    if terminated or truncated:
-                        running.remove(i)
-        return _summary(returns, costs, worst, [loss for episode in losses for loss in episode])
+        episodes = [_Episode() for _ in self._seeds]
+        for first in range(0, len(episodes), len(self._envs)):
+            group = slice(first, first + len(self._envs))
+            self._side_by_side(predict, self._seeds[group], episodes[group])
+        return _summary(
+            np.array([episode.total_return for episode in episodes]),
+            np.array([episode.cost for episode in episodes]),
+            max(episode.worst for episode in episodes),
+            [loss for episode in episodes for loss in episode.losses],
+        )
+
+    def _side_by_side(self, predict: Predict, seeds: list[int], episodes: list[_Episode]) -> None:
+        """Several episodes at once, so that one prediction serves them all."""
+        envs = self._envs[: len(seeds)]
+        observations = np.stack([env.reset(seed=seed)[0] for env, seed in zip(envs, seeds)])
+        running = list(range(len(seeds)))
+        while running:
+            # An episode that has ended keeps its row: by rounding, an action may depend on the
+            # number of observations that it is predicted with.
+            actions = predict(observations)
+            for i in tuple(running):
+                observations[i], reward, terminated, truncated, info = envs[i].step(actions[i])
+                episodes[i].add(float(reward), info)
+                if terminated or truncated:
+                    running.remove(i)
 
     def close(self) -> None:
         for env in self._envs:

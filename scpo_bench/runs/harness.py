@@ -36,118 +36,105 @@ def run_cell(
     KeyboardInterrupt is recorded and raised again. workers: processes that step the environments;
     the record does not depend on it.
     """
-    return attempt_cell(cell, folder, suite, progress, workers).run
-
-
-@threadpool_limits.wrap(limits=1)  # NumPy's BLAS; torch has a setting of its own
-def attempt_cell(
-    cell: Cell, folder: Path, suite: str, progress: Progress | None = None, workers: int = 1
-) -> Attempt:
-    """``run_cell`` for a caller who needs to know whose mistake a failure is."""
-    torch.set_num_threads(1)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "traceback.txt").unlink(missing_ok=True)
     attempt = Attempt(cell, folder, suite)
-    try:
-        attempt.learn(progress, workers)
-    except (Exception, SystemExit) as failure:  # not KeyboardInterrupt
-        attempt.fail(failure)
-    finally:
-        attempt.close()
-    return attempt
+    attempt.execute(progress, workers)
+    return attempt.record
 
 
 class Attempt:
     """One attempt at a cell, from its start, or its checkpoint, to whatever ends it.
 
-    run: its record, as last written. users_mistake: it failed at what the user asked for: an agent
-    or environment that cannot be set up this way, or a start policy that is not safe.
+    record: what run.json says, or will. users_mistake: it failed at what the user asked for: an
+    agent or environment that cannot be set up this way, or an unsafe start policy.
     """
 
     def __init__(self, cell: Cell, folder: Path, suite: str) -> None:
         self.cell, self.folder = cell, folder
-        key, now = cell.key(), _now()
-        self.run = Run(
-            suite=suite, key=key, cell=cell, status="running", provenance=provenance(), started=now
-        )
+        self.record = Run(suite=suite, key=cell.key(), cell=cell, status="running", started=_now())
         self.users_mistake = False
-        self._status = "interrupted"
-        self._error: str | None = None
         self._checkpointer: Checkpointer | None = None
         self._log: UpdateLog | None = None
         self._recorder: UpdateRecorder | None = None
 
-    def learn(self, progress: Progress | None, workers: int) -> None:
+    @threadpool_limits.wrap(limits=1)  # NumPy's BLAS; torch has a setting of its own
+    def execute(self, progress: Progress | None, workers: int) -> None:
+        """What ``run_cell`` does."""
+        torch.set_num_threads(1)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "traceback.txt").unlink(missing_ok=True)
+        try:
+            self._learn(progress, workers)
+        except (Exception, SystemExit) as failure:  # not KeyboardInterrupt
+            self._fail(failure)
+        finally:
+            self._close()
+
+    def _learn(self, progress: Progress | None, workers: int) -> None:
         """Set up the run, or restore it from its checkpoint, and let the agent learn to the end."""
         cell, folder = self.cell, self.folder
+        self._set(provenance=provenance())
         agent_class = load_agent(cell.agent)
-        versions = {**self.run.provenance, "agent": source_digest(agent_class)}
-        checkpointer = self._checkpointer = Checkpointer(folder, self.run.key, versions)
-        checkpoint = checkpointer.load(agent_class)
-        log, updates = _open_log(folder, checkpoint)
+        versions = {**self.record.provenance, "agent": source_digest(agent_class)}
+        checkpointer = self._checkpointer = Checkpointer(folder, self.record.key, versions)
+        saved = checkpointer.load(agent_class)
+        log, updates = _open_log(folder, saved)
         self._log = log
         if not updates:  # the log is not the one that the checkpoint belongs to
-            checkpoint = None
+            saved = None
         with contextlib.ExitStack() as opened:
-            env = (
-                checkpoint.env if checkpoint else RecordingVecEnv(make_training_env(cell, workers))
-            )
+            env = saved.env if saved else RecordingVecEnv(make_training_env(cell, workers))
             opened.callback(env.close)
-            self._write(started=_started(folder) if checkpoint else self.run.started)
+            if saved:
+                self._set(started=_started(folder))
+            write_run(folder, self.record)
             native = has_vector_env(cell.task)
             evaluator = Evaluator(cell.task, cell.env, cell.evaluation_episodes, native)
             opened.callback(evaluator.close)
-            agent = checkpoint.agent if checkpoint else make_agent(cell, _normalised(cell, env))
-            self._write(resolved_config=resolved_config(agent))
+            agent = saved.agent if saved else make_agent(cell, _normalised(cell, env))
+            self._set(resolved_config=resolved_config(agent))
+            write_run(folder, self.record)
 
             def save(elapsed_s: float) -> None:
                 checkpointer.save(agent, env, log, elapsed_s)
 
             recorder = self._recorder = UpdateRecorder(cell, env, evaluator, log, save, progress)
-            if checkpoint is None:
+            if saved is None:
                 agent.learn(total_timesteps=cell.steps, callback=recorder)
             else:
-                recorder.resume(updates, checkpoint.elapsed_s)
+                recorder.resume(updates, saved.elapsed_s)
                 left = cell.steps - agent.num_timesteps
                 agent.learn(total_timesteps=left, callback=recorder, reset_num_timesteps=False)
-            self._status = "finished"
+        self._set(status="finished")
 
-    def fail(self, failure: BaseException) -> None:
+    def _fail(self, failure: BaseException) -> None:
         """Note why the attempt has failed; a full disk is an interruption, not a failure."""
         full = isinstance(failure, OSError) and failure.errno in NO_SPACE
-        self._status = "interrupted" if full else "failed"
-        self._error = _one_line(failure)
-        # Before anything was learned, a ValueError is about the configuration it was given.
-        setting_up = self._recorder is None
+        self._set(status="interrupted" if full else "failed", error=_one_line(failure))
+        # Until the start policy is recorded, a ValueError is about the settings of the cell.
+        setting_up = self._recorder is None or not self._recorder.updates
         self.users_mistake = isinstance(failure, ValueError if setting_up else UserError)
         with contextlib.suppress(OSError):
             (self.folder / "traceback.txt").write_text(traceback.format_exc())
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """Write the end of the record."""
         updates = self._recorder.updates if self._recorder else []
-        finished = self._status == "finished"
         if self._log is not None:
             self._log.close()
-        self.run = self.run.model_copy(
-            update={
-                "status": self._status,
-                "error": self._error,
-                "updates": len(updates),
-                "digest": digest(updates) if finished else None,
-                "ended": _now(),
-            }
-        )
-        with contextlib.suppress(OSError) if self._error else contextlib.nullcontext():
+        if self.record.status == "running":
+            self._set(status="interrupted")
+        finished = self.record.status == "finished"
+        result = digest(updates) if finished else None
+        self._set(updates=len(updates), digest=result, ended=_now())
+        with contextlib.suppress(OSError) if self.record.error else contextlib.nullcontext():
             if self._log is not None and finished:
                 self._log.compress()
-            write_run(self.folder, self.run)
-        if self._checkpointer is not None and self._status in ("finished", "failed"):
+            write_run(self.folder, self.record)
+        if self._checkpointer is not None and self.record.status != "interrupted":
             self._checkpointer.discard()
 
-    def _write(self, **fields: Any) -> None:
-        self.run = self.run.model_copy(update=fields)
-        write_run(self.folder, self.run)
+    def _set(self, **fields: Any) -> None:
+        self.record = self.record.model_copy(update=fields)
 
 
 def _open_log(folder: Path, checkpoint: Checkpoint | None) -> tuple[UpdateLog, list[Update]]:

@@ -17,16 +17,9 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Literal, cast
 
+from rich import progress
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
 
 from scpo_bench.errors import UserError
 from scpo_bench.records.files import RecordError, read_run
@@ -85,10 +78,11 @@ def run_cells(
     waiting = deque(cell for cell in cells if not is_finished(job.folder(cell), cell))
     number = len(waiting)
     failed: list[Failure] = []
-    with _bars(console, len(cells), len(cells) - number) as bars:
-        runs = _run_here(job, waiting, bars)
-        if jobs > 1:
-            runs = _run_in_processes(job, waiting, bars, jobs)
+    bars = _Bars(console, len(cells), len(cells) - number)
+    runs = (
+        _run_in_processes(job, waiting, bars, jobs) if jobs > 1 else _run_here(job, waiting, bars)
+    )
+    with bars.progress:
         for cell, result in runs:
             if result == "busy":
                 waiting.append(cell)
@@ -143,44 +137,37 @@ def _label(cell: Cell) -> str:
 class _Bars:
     """One bar for the suite and one for each running cell."""
 
-    def __init__(self, progress: Progress, total: int, done: int) -> None:
-        self._progress = progress
-        self._all = progress.add_task("cells", total=total, completed=done, detail="")
-        self._cells: dict[str, tuple[TaskID, float, int]] = {}
+    def __init__(self, console: Console, total: int, done: int) -> None:
+        columns = (
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(bar_width=24),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("{task.fields[detail]}"),
+            progress.TimeRemainingColumn(),
+        )
+        self.progress = progress.Progress(*columns, console=console, transient=True)
+        self._all = self.progress.add_task("cells", total=total, completed=done, detail="")
+        self._cells: dict[str, tuple[progress.TaskID, float, int]] = {}
 
     def show(self, cell: Cell, steps: int, updates: int) -> None:
         key = _label(cell)
-        bar, began, first = self._cells.get(key) or (
-            self._progress.add_task(key, total=cell.steps, detail=""),
-            0.0,
-            0,
-        )
+        if key not in self._cells:
+            bar = self.progress.add_task(key, total=cell.steps, detail="")
+            self._cells[key] = bar, 0.0, 0
+        bar, began, first = self._cells[key]
         if first == 0:  # a resumed run does not begin at step 0
             began, first = time.perf_counter(), steps
-        self._cells[key] = (bar, began, first)
+            self._cells[key] = bar, began, first
         rate = (steps - first) / max(time.perf_counter() - began, 1e-9)
-        self._progress.update(
+        self.progress.update(
             bar, completed=min(steps, cell.steps), detail=f"{updates} updates, {rate:,.0f} steps/s"
         )
 
     def cell_done(self, cell: Cell) -> None:
         bar = self._cells.pop(_label(cell), None)
         if bar is not None:
-            self._progress.remove_task(bar[0])
-        self._progress.advance(self._all)
-
-
-@contextlib.contextmanager
-def _bars(console: Console, total: int, done: int) -> Iterator[_Bars]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[detail]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as progress:
-        yield _Bars(progress, total, done)
+            self.progress.remove_task(bar[0])
+        self.progress.advance(self._all)
 
 
 @contextlib.contextmanager
@@ -204,7 +191,7 @@ def _locked(job: _Job, cell: Cell) -> Iterator[bool]:
 def _run_one(job: _Job, cell: Cell, report: Callable[[int, int], None]) -> Result:
     """Run the cell, unless another command is running it or has finished it."""
     # Imports torch and the agents, which the command line does not need.
-    from scpo_bench.runs.harness import attempt_cell
+    from scpo_bench.runs.harness import Attempt
 
     folder = job.folder(cell)
     with _locked(job, cell) as ours:
@@ -215,10 +202,11 @@ def _run_one(job: _Job, cell: Cell, report: Callable[[int, int], None]) -> Resul
             return "finished"
         _set_aside(folder, cell)
         report(0, 0)
-        attempt = attempt_cell(cell, folder, job.suite, report, job.workers)
-    if attempt.run.status == "finished":
+        attempt = Attempt(cell, folder, job.suite)
+        attempt.execute(report, job.workers)
+    if attempt.record.status == "finished":
         return "finished"
-    return Failure(cell, attempt.run.error or "interrupted", attempt.users_mistake)
+    return Failure(cell, attempt.record.error or "", attempt.users_mistake)
 
 
 def _run_here(job: _Job, waiting: deque[Cell], bars: _Bars) -> Iterator[tuple[Cell, Result]]:
@@ -255,10 +243,10 @@ def _run_in_processes(
 
 
 def _start(job: _Job, cell: Cell) -> tuple[Connection, BaseProcess]:
-    # A forked child would share torch's thread pools. The server that forks has none yet: it has
-    # only imported what every cell needs.
+    # A fork of this process would share torch's thread pools. The server that forks has none: it
+    # has only imported what takes seconds and every cell needs.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["scpo_bench.runs.harness"])
+    context.set_forkserver_preload(["scpo_bench.runs.harness", "torch._dynamo"])
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_process, args=(theirs, job, cell))
     process.start()

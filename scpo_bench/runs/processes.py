@@ -27,4 +27,7 @@ def sigterm_interrupts() -> None:
 
 
 def _interrupt(*_: object) -> NoReturn:
+    # A scheduler's SIGTERM may reach a process and, through its parent, reach it again: the second
+    # must not interrupt the writing of the record.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt

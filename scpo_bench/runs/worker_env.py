@@ -78,6 +78,7 @@ class _Worker:
 
     def __init__(self, source: bytes) -> None:
         context = multiprocessing.get_context("forkserver")  # fork would share torch's threads
+        context.set_forkserver_preload([__name__])  # imported once for all workers
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, source), daemon=True)
         self._process.start()
