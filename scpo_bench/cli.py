@@ -153,12 +153,7 @@ def _run(todo: list[Any], suite: str, results: Path, jobs: int, workers: int = 1
         highlight=False,
     )
     if outcome.failed:
-        # A refused configuration or start policy is the user's to mend, like any other bad input;
-        # the rest is a failure.
-        users = all(
-            error.startswith(("ValueError", "UnsafeStartError")) for _, error in outcome.failed
-        )
-        raise typer.Exit(2 if users else 1)
+        raise typer.Exit(2 if all(failure.users_mistake for failure in outcome.failed) else 1)
 
 
 @app.command()
@@ -478,7 +473,7 @@ def doctor() -> None:
     """Versions, what is missing, and how to get it."""
     from rich.table import Table
 
-    from scpo_bench.runs.harness import describe_environment
+    from scpo_bench.runs.provenance import describe_environment
 
     rows = describe_environment()
     table = Table(box=None, pad_edge=False, show_header=False)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import gymnasium as gym
 import numpy as np
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from stable_baselines3.common.callbacks import BaseCallback
-    from stable_baselines3.common.vec_env import VecNormalize
+    from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 Floats = NDArray[np.float64]
 # A NumPy array or a torch tensor: both have the operators and the .clip() that the tasks use.
@@ -28,17 +29,22 @@ Components = tuple[Array, ...]
 
 
 class Agent(Protocol):
-    """The surface of a Stable-Baselines3 ``BaseAlgorithm`` that the harness relies on.
+    """The surface of a Stable-Baselines3 ``BaseAlgorithm`` that this package relies on.
 
-    It is constructed as ``Agent(policy, env, seed=..., **config)``. An optional attribute
-    ``diagnostics`` (a dictionary of floats) holds numbers about its last update, which are
-    recorded.
+    It is constructed as ``Agent(policy, env, seed=..., **config)``. Three attributes are optional:
+    ``diagnostics`` (a dictionary of floats), numbers about its last update, which are recorded;
+    ``Config``, the dataclass of its configuration, whose field ``cost_limit`` is set to the cell's;
+    and ``config``, an instance of it, which is recorded.
     """
 
     num_timesteps: int
 
     def learn(
-        self, total_timesteps: int, callback: BaseCallback, *, reset_num_timesteps: bool = True
+        self,
+        total_timesteps: int,
+        callback: BaseCallback | None = None,
+        *,
+        reset_num_timesteps: bool = True,
     ) -> object:
         """Train for ``total_timesteps`` interaction steps and call ``callback`` as SB3 does."""
         ...
@@ -53,6 +59,15 @@ class Agent(Protocol):
         """The wrapper whose statistics normalise this agent's observations, if it has one."""
         ...
 
+    def save(self, path: Path) -> None:
+        """Write the agent to a file."""
+        ...
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """The agent that ``save`` wrote, ready to predict."""
+        ...
+
 
 @dataclass
 class ProbeMeter:
@@ -65,14 +80,14 @@ class ProbeMeter:
     violations: int = 0
 
 
-def task_of(env: Any) -> BatchedTask | None:
+def task_of(env: VecEnv | None) -> BatchedTask | None:
     """The batched task of a (wrapped) vector environment; None where it has none."""
-    task = getattr(env.unwrapped, "task", None)
+    task = None if env is None else getattr(env.unwrapped, "task", None)
     return task if isinstance(task, BatchedTask) else None
 
 
-def probe_meter_of(env: Any) -> ProbeMeter:
-    """The meter of the harness's recording wrapper; a fresh one outside of the harness."""
+def probe_meter_of(env: VecEnv | None) -> ProbeMeter:
+    """The meter of the harness's recording wrapper; a new one outside of the harness."""
     while env is not None:
         meter = getattr(env, "probe_meter", None)
         if isinstance(meter, ProbeMeter):
@@ -84,18 +99,21 @@ def probe_meter_of(env: Any) -> ProbeMeter:
 class BatchedTask:
     """A task as pure functions.
 
-    Every array argument and result has one shape, the batch's, whatever it is.
+    All arrays, arguments and results, have the shape of the batch, whatever that is.
 
     Attributes
     ----------
-    observation_space, action_space: Box spaces, one entry per component.
-    horizon: steps per episode; the task's environments truncate there themselves, because a
-    constraint may be in force at
-        the last step alone.
-    constraint_horizon: steps from a start state after which its constraints are known (the horizon,
-    as a rule).
-    constraint_names: one name per constraint; a value is violated where it is > 0.
-    objective_name: what ``info["objective_loss"]`` measures (lower is better).
+    observation_space, action_space:
+        Box spaces with one entry per component.
+    horizon:
+        Steps per episode. The task's environments truncate there themselves, because a constraint
+        may apply at the last step only.
+    constraint_horizon:
+        Steps from a start state after which its constraints are known; usually the horizon.
+    constraint_names:
+        One name per constraint; a value > 0 violates it.
+    objective_name:
+        What ``info["objective_loss"]`` measures (lower is better).
     """
 
     observation_space: gym.spaces.Box
@@ -110,8 +128,9 @@ class BatchedTask:
         raise NotImplementedError
 
     def design_starts(self, n: int) -> Components:
-        """n start states that cover the start set, its boundary included, for evaluating
-        constraints. Each: [n].
+        """n start states that cover the start set and its boundary, to evaluate constraints.
+
+        Each component: [n].
         """
         raise NotImplementedError
 
@@ -120,7 +139,7 @@ class BatchedTask:
     ) -> Components:
         """The state after one step.
 
-        The action is clipped to the action space here, as an actuator would.
+        The action is clipped to the action space here, as an actuator would clip it.
         """
         raise NotImplementedError
 
@@ -140,29 +159,26 @@ class BatchedTask:
     def objective_loss(
         self, state: Components, action: Components, step: int
     ) -> tuple[Array, Array]:
-        """(loss, counts): the loss of this step and whether it is part of the task's objective
-        (bool).
-        """
+        """(loss, counts): the loss of this step, and whether the task's objective includes it."""
         raise NotImplementedError
 
     def label(self, state: Components) -> Components | None:
-        """The supervisor's action in ``state``: an expert's action or a regression label; None
-        where there is no supervisor.
-        """
+        """An expert's action, or a regression label, in ``state``; None where there is none."""
         return None
 
     def disturbance(self, n: int, rng: np.random.Generator) -> Components | None:
-        """Process noise for one step, or None where the task is deterministic. Each component: [n].
-        """
+        """Process noise for one step; None where the task is deterministic. Each: [n]."""
         return None
 
     def backup_gain(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """(gain [action_dim, obs_dim], offset [action_dim]) of the safe backup controller u = gain
-        @ x + offset.
+        """The safe backup controller u = gain @ x + offset.
+
+        Returns (gain [action_dim, obs_dim], offset [action_dim]).
         """
         raise NotImplementedError
 
     def clip_action(self, action: Components) -> Components:
+        """The action within the bounds of the action space."""
         low, high = self.action_space.low, self.action_space.high
         return tuple(a.clip(float(lo), float(hi)) for a, lo, hi in zip(action, low, high))
 
@@ -176,16 +192,16 @@ def read_costs(infos: Sequence[dict[str, Any]], cost_keys: Sequence[str]) -> NDA
         return np.array([[info[key] for key in cost_keys] for info in infos], dtype=np.float64)
     except KeyError:
         env, key = next((i, k) for i, info in enumerate(infos) for k in cost_keys if k not in info)
-        message = f"environment {env}: info has no {key!r}; a constrained agent needs info[{key!r}] at every step"
-        raise KeyError(message) from None
+        raise KeyError(
+            f"environment {env}: info has no {key!r}; a constrained agent needs it at every step"
+        ) from None
 
 
 def check_finite(step: int, **fields: NDArray[Any]) -> None:
-    """Raise FloatingPointError naming step, environment index and field if any array holds NaN or
-    infinity.
+    """Raise FloatingPointError if any array holds NaN or infinity.
 
-    step: environment steps taken so far (all environments together). fields: name -> array [N,
-    ...].
+    It names step, environment and field. step: environment steps taken so far, all environments
+    together. fields: name -> array [N, ...].
     """
     for name, values in fields.items():
         if not np.isfinite(values).all():
@@ -204,8 +220,7 @@ def check_transition(
     dones: NDArray[np.bool_],
     infos: Sequence[dict[str, Any]],
 ) -> None:
-    """``check_finite`` on everything one vectorised step returned, terminal observations included.
-    """
+    """``check_finite`` on all that a vectorised step returned, with terminal observations."""
     check_finite(step, observation=observations, reward=rewards, cost=costs)
     for env in np.flatnonzero(dones):
         terminal = np.asarray(infos[env].get("terminal_observation", 0.0))

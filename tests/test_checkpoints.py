@@ -1,6 +1,6 @@
-"""A killed run goes on from its last checkpoint, and its record is that of a run that was never
-killed.
-"""
+"""A killed run resumes from its last checkpoint; its record is that of an undisturbed run."""
+
+from __future__ import annotations
 
 import itertools
 import multiprocessing
@@ -20,7 +20,7 @@ from scpo_bench.records.files import (
     read_updates,
 )
 from scpo_bench.records.schema import Cell, Update
-from scpo_bench.runs import checkpoints
+from scpo_bench.runs import checkpoints, recorder
 from scpo_bench.runs.harness import run_cell
 
 EXHAUSTIVE = bool(os.environ.get("SCPO_BENCH_EXHAUSTIVE"))
@@ -74,9 +74,9 @@ def cell_of(name: str) -> Cell:
 
 
 def in_own_process(cell, folder):
-    """A process that runs the cell, forked from one that has the imports done."""
+    """A process that runs the cell, forked from one that has imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["scpo_bench.runs.harness"])
+    context.set_forkserver_preload(["scpo_bench.runs.harness", "torch._dynamo"])
     process = context.Process(target=run_cell, args=(cell, folder, "s"))
     process.start()
     return process
@@ -84,9 +84,9 @@ def in_own_process(cell, folder):
 
 @pytest.mark.parametrize("name", CELLS)
 def test_killed_at_random_moments(tmp_path, name):
-    """kill -9, again and again: the digest in the end is that of the undisturbed run."""
+    """However often a run is killed (kill -9), its digest must be that of the undisturbed run."""
     cell = cell_of(name)
-    whole = in_own_process(cell, tmp_path / "first")  # the first one waits for the imports
+    whole = in_own_process(cell, tmp_path / "first")  # waits for the imports
     whole.join()
     began = time.monotonic()
     whole = in_own_process(cell, tmp_path / "whole")
@@ -117,35 +117,72 @@ def test_killed_at_random_moments(tmp_path, name):
         assert not (folder / CHECKPOINT_FILE).exists()
 
 
+def stop_after(cell, folder, updates, monkeypatch, workers=1):
+    """Run the cell until it has recorded so many updates, with a checkpoint at each of them."""
+
+    def stop(steps, recorded):
+        if recorded == updates:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints, "SHARE_OF_TIME", float("inf"))
+        patched.setattr(recorder, "PROGRESS_S", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            run_cell(cell, folder, "s", stop, workers)
+    assert read_run(folder).status == "interrupted"
+    assert len(read_updates(folder)) == updates
+
+
+HOPPER = Cell(
+    agent="ppo-lagrangian",
+    task="SafetyHopperVelocity-v1",
+    seed=1,
+    steps=1200,
+    num_envs=2,
+    cost_limit=25.0,
+    normalize=True,
+    evaluation_episodes=1,
+    config={"steps_per_update": 300, "critic_passes": 2},
+)
+OFF_POLICY = {"steps_per_update": 300, "learning_starts": 300, "batch_size": 32}
+HOPPER_CVPO = HOPPER.model_copy(update={"agent": "cvpo", "config": OFF_POLICY})
+
+
+@pytest.mark.parametrize(
+    ("cell", "workers"),
+    [(cell_of("cpo"), 1), (HOPPER, 1), (HOPPER, 2), (HOPPER_CVPO, 1)],
+    ids=["native", "normalised", "two workers", "off-policy"],
+)
+def test_an_interrupted_run_resumes_with_equal_digest(tmp_path, cell, workers, monkeypatch):
+    """A checkpoint must hold everything: policy, statistics, environments, generators, counters."""
+    stop_after(cell, tmp_path / "stopped", 3, monkeypatch, workers)
+    resumed_at = []
+
+    def note(steps, updates):
+        resumed_at.append(updates)
+
+    run = run_cell(cell, tmp_path / "stopped", "s", note, workers)
+    assert min(resumed_at) >= 3
+    whole = run_cell(cell, tmp_path / "whole", "s")
+    assert (run.status, run.digest) == ("finished", whole.digest)
+
+
 @pytest.fixture
 def half_done(tmp_path, monkeypatch):
     """A run that was stopped in the middle, and its cell."""
     cell = cell_of("cpo")
-    from scpo_bench.baselines.cpo import CPO
-
-    def stopped(self):
-        if self._n_updates == 20:
-            raise KeyboardInterrupt
-        original(self)
-
-    original = CPO.train
-    monkeypatch.setattr(CPO, "train", stopped)
-    monkeypatch.setattr(checkpoints, "SHARE_OF_TIME", float("inf"))
-    with pytest.raises(KeyboardInterrupt):
-        run_cell(cell, tmp_path, "s")
-    monkeypatch.undo()
-    assert len(read_updates(tmp_path)) == 21
+    stop_after(cell, tmp_path, 21, monkeypatch)
     return tmp_path, cell
 
 
-def test_goes_on_instead_of_starting_again(half_done):
-    """Only the missing steps are taken: progress begins where the run was stopped, and time goes on
-    too.
-    """
+def test_resumes_instead_of_starting_again(half_done):
+    """Only the missing steps may be taken; time and the start of the run must be kept."""
     folder, cell = half_done
+    started = read_run(folder).started
     shown = []
     run = run_cell(cell, folder, "s", lambda steps, updates: shown.append((steps, updates)))
     assert run.status == "finished"
+    assert run.started == started
     updates = read_updates(folder)
     assert [u.update for u in updates] == list(range(51))
     assert all(
@@ -157,10 +194,10 @@ def test_goes_on_instead_of_starting_again(half_done):
 @pytest.mark.parametrize(
     "fault", ["sealed by someone else", "cut short", "log shorter", "log changed"]
 )
-def test_checkpoint_that_does_not_fit_is_passed_over(half_done, fault, monkeypatch, tmp_path):
-    """Then the run starts again, and ends with the same record.
+def test_checkpoint_that_does_not_fit_is_ignored(half_done, fault, tmp_path):
+    """The run must start again and end with the same record.
 
-    Nothing of a foreign checkpoint is unpickled.
+    Nothing of a checkpoint that somebody else wrote may be unpickled: that would run their code.
     """
     folder, cell = half_done
     path = folder / CHECKPOINT_FILE
@@ -193,7 +230,7 @@ class _Trap:
 
 
 def test_no_place_for_a_key_means_no_checkpoints(tmp_path, monkeypatch):
-    """A home that cannot be written costs the checkpoints, not the run."""
+    """A home that cannot be written must cost the checkpoints, not the run."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "file"))
     checkpointer = checkpoints.Checkpointer(tmp_path, "key", {})
@@ -208,8 +245,8 @@ def _update(number):
     return Update(update=number, interaction_steps=number, probe_steps=0, episodes=0)
 
 
-def test_log_goes_on_from_a_mark(tmp_path):
-    """Lines behind the mark are dropped, those before it must be as they were."""
+def test_log_continues_from_a_mark(tmp_path):
+    """Lines after the mark must be dropped, and a change before it must be noticed."""
     log = UpdateLog(tmp_path)
     log.append(_update(0))
     mark = log.mark()
@@ -225,10 +262,8 @@ def test_log_goes_on_from_a_mark(tmp_path):
         UpdateLog(tmp_path, LogMark(mark.bytes, "0" * 64))
 
 
-def test_full_disk_is_named_and_the_run_goes_on_later(tmp_path):
-    """Writing fails in the middle: one line says so, and with room again the record ends as if
-    nothing had happened.
-    """
+def test_full_disk_is_named_and_the_run_resumes_later(tmp_path):
+    """A full disk must be an interruption with a reason, after which the run resumes."""
     cell = cell_of("cpo")
     folder = tmp_path / "full"
     context = multiprocessing.get_context("forkserver")
@@ -238,15 +273,13 @@ def test_full_disk_is_named_and_the_run_goes_on_later(tmp_path):
     assert process.exitcode == 0
     run = read_run(folder)
     assert run.status == "interrupted"
-    assert "free some and give the same command again" in run.error
+    assert "free some and rerun the command" in run.error
     assert 0 < len(read_updates(folder)) < 51
     assert run_cell(cell, folder, "s").digest == run_cell(cell, tmp_path / "whole", "s").digest
 
 
 def _run_with_little_room(cell, folder):
-    """No file may grow beyond 20 kB: what a full disk looks like to a program (EFBIG instead of
-    ENOSPC).
-    """
+    """Run it where no file may grow beyond 20 kB: like a full disk, with EFBIG for ENOSPC."""
     import resource
     import signal
 

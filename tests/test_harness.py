@@ -1,28 +1,30 @@
-"""The harness: what it measures is what happened; same cell, same record; failures and
-interruptions leave good records.
+"""One cell: what is measured is what happened, the same cell gives the same record, and failures
+and interruptions leave good records.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
-import sys
-import time
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
-from rich.console import Console
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv
 
+from scpo_bench.baselines.cpo import CPO
 from scpo_bench.errors import UserError
 from scpo_bench.records.files import RecordError, read_run, read_updates
 from scpo_bench.records.schema import Cell, digest
-from scpo_bench.runs.harness import make_agent, make_training_env, run_cell
-from scpo_bench.runs.launch import run_cells
-from scpo_bench.runs.recorder import Evaluator, RecordingVecEnv
-from scpo_bench.suites.cells import run_folder
+from scpo_bench.runs import provenance
+from scpo_bench.runs.agents import make_agent, resolved_config
+from scpo_bench.runs.environments import make_training_env
+from scpo_bench.runs.evaluation import Evaluator
+from scpo_bench.runs.harness import run_cell
+from scpo_bench.runs.recorder import RecordingVecEnv
 
 PPO_CONFIG = {"n_steps": 10, "batch_size": 20, "n_epochs": 1}
 CELL = Cell(
@@ -42,12 +44,11 @@ SCPO_CELL = CELL.model_copy(
         "config": {"n_steps": 10, "labels": "visited", "features": 8, "evaluation_starts": 16},
     }
 )
+ROOT = Path(__file__).parent.parent
 
 
 class Scripted(gym.Env):
-    """Five steps; the cost is 1 at steps 2 and 4, the constraint value at step t is t / 10 - 0.25,
-    the reward t.
-    """
+    """Five steps t: cost 1 where t is 2 or 4, constraint value t / 10 - 0.25, reward t."""
 
     observation_space = gym.spaces.Box(-1, 1, (1,), np.float32)
     action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
@@ -66,10 +67,36 @@ class Scripted(gym.Env):
         return np.zeros(1, np.float32), float(self.t), self.t == 5, False, info
 
 
+class Fives(gym.Env):
+    """Every observation is 5; the reward of an episode's one step is the action."""
+
+    observation_space = gym.spaces.Box(-10, 10, (1,), np.float32)
+    action_space = gym.spaces.Box(-10, 10, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.full(1, 5, np.float32), {}
+
+    def step(self, action):
+        return np.full(1, 5, np.float32), float(action[0]), True, False, {"cost": 0.0}
+
+
+class Echo(PPO):
+    """Its action is the observation that it is given."""
+
+    def predict(self, observation, *args, **kwargs):
+        return observation, None
+
+
+gym.register("test/Scripted-v0", Scripted)
+gym.register("test/Fives-v0", Fives)
+
+
+# Recording and evaluation
+
+
 def test_recorder_counts_what_happens():
-    """Seven steps of two environments: one finished episode each, with return 15 and cost 2; worst
-    value 0.25.
-    """
+    """The totals of seven steps of two environments, computed by hand."""
     env = RecordingVecEnv(DummyVecEnv([Scripted, Scripted]))
     env.reset()
     for _ in range(7):
@@ -85,7 +112,7 @@ def test_recorder_counts_what_happens():
 
 
 def test_missing_cost_and_non_finite_rewards_are_named():
-    """An environment that reports no cost, or NaN, stops the run with what and where."""
+    """An environment that reports no cost, or NaN, must stop the run with what and where."""
 
     class NoCost(Scripted):
         def step(self, action):
@@ -107,10 +134,17 @@ def test_missing_cost_and_non_finite_rewards_are_named():
             env.step(np.zeros((2, 1)))
 
 
+def test_evaluation_measures_what_happens():
+    """Return, cost and worst constraint value of the scripted episode, computed by hand."""
+    evaluator = Evaluator("test/Scripted-v0", {}, 20, native=False)  # more than run at once
+    found = evaluator(lambda observations: np.zeros((len(observations), 1), np.float32))
+    assert (found.mean_return, found.mean_cost) == (15.0, 2.0)
+    assert found.worst == pytest.approx(0.25)
+    assert found.objective is None
+
+
 def test_native_and_scalar_evaluation_agree():
-    """The two ways to evaluate measure the same thing: a constant prediction on the regression
-    task.
-    """
+    """The two ways to evaluate must measure the same: a constant prediction in the regression."""
 
     def predict(observations):
         return np.full((len(observations), 1), 0.6, np.float32)
@@ -125,7 +159,7 @@ def test_native_and_scalar_evaluation_agree():
 
 
 def test_evaluation_repeats_exactly():
-    """Common starts at every update: the same policy gets the same numbers."""
+    """Common starts at every update: the same policy must get the same numbers."""
     evaluator = Evaluator(
         "scpo_bench/DoubleIntegratorImitation-v0", {"noise_std": 0.1}, 20, native=True
     )
@@ -133,9 +167,36 @@ def test_evaluation_repeats_exactly():
     assert one == two
 
 
+@pytest.mark.parametrize(("normalize", "seen"), [(False, 5.0), (True, 0.0)])
+def test_normalize_holds_in_training_and_evaluation(tmp_path, normalize, seen):
+    """A policy must be evaluated with the observations that it is trained with.
+
+    Where all observations are 5, running statistics turn them into 0; the echoing agent earns what
+    it is given.
+    """
+    changes = {"agent": f"{__name__}:Echo", "task": "test/Fives-v0", "start": "random"}
+    run_cell(CELL.model_copy(update={**changes, "normalize": normalize}), tmp_path, "s")
+    returns = [update.iterate_return for update in read_updates(tmp_path)]
+    assert len(returns) == 4
+    assert returns == pytest.approx([seen] * 4, abs=1e-2)
+
+
+def test_a_policy_is_judged_by_the_limit_of_the_cell(tmp_path):
+    """The scripted episode costs 2, with a constraint value of 0.25: only limit 5 allows that."""
+    for limit, violating in ((0.0, True), (1.5, True), (5.0, False)):
+        changes = {"task": "test/Scripted-v0", "start": "zero", "cost_limit": limit}
+        run_cell(CELL.model_copy(update=changes), tmp_path / str(limit), "s")
+        updates = read_updates(tmp_path / str(limit))
+        assert [update.iterate_violates for update in updates] == [violating] * 4
+        assert sum(update.violating_episodes for update in updates) == (12 if violating else 0)
+
+
+# The record
+
+
 @pytest.mark.parametrize("cell", [CELL, SCPO_CELL], ids=lambda c: c.agent)
 def test_same_cell_same_record(tmp_path, cell):
-    """Determinism: two runs of a cell have equal digests; another seed has another."""
+    """Two runs of a cell must have equal digests, and another seed another one."""
     digests = [run_cell(cell, tmp_path / str(i), "s").digest for i in range(2)]
     assert digests[0] == digests[1]
     assert digests[0] is not None
@@ -144,7 +205,7 @@ def test_same_cell_same_record(tmp_path, cell):
 
 
 def test_record_has_one_line_per_update(tmp_path):
-    """60 steps at 20 per update: the start policy and three updates, with counters that add up."""
+    """60 steps at 20 per update must give the start policy and three updates, and add up."""
     run = run_cell(CELL, tmp_path, "s")
     updates = read_updates(tmp_path)
     assert run.status == "finished"
@@ -159,18 +220,14 @@ def test_record_has_one_line_per_update(tmp_path):
 
 
 def test_evaluation_interval_skips_but_never_the_last(tmp_path):
-    """With interval 2, updates 0, 2 and the final 3 are evaluated."""
+    """With interval 2, updates 0, 2 and the final 3 must be evaluated, and no other."""
     run_cell(CELL.model_copy(update={"evaluation_interval": 2}), tmp_path, "s")
-    assert [u.iterate_return is not None for u in read_updates(tmp_path)] == [
-        True,
-        False,
-        True,
-        True,
-    ]
+    evaluated = [u.update for u in read_updates(tmp_path) if u.iterate_return is not None]
+    assert evaluated == [0, 2, 3]
 
 
 def test_scpo_probe_steps_are_counted_apart(tmp_path):
-    """Probing costs environment steps; they are in the record, beside the interaction steps."""
+    """Steps of constraint evaluation must be in the record, beside the interaction steps."""
     run_cell(SCPO_CELL, tmp_path, "s")
     probes = [u.probe_steps for u in read_updates(tmp_path)]
     assert probes[0] == 16  # g at the start policy: 16 inputs, one step each
@@ -178,100 +235,8 @@ def test_scpo_probe_steps_are_counted_apart(tmp_path):
     assert probes[-1] > probes[0]
 
 
-def test_jobs_do_not_change_records(tmp_path):
-    """One process or two: byte-identical records, timing aside; and a finished cell is not run
-    again.
-    """
-    todo = [CELL.model_copy(update={"seed": seed}) for seed in range(2)] + [SCPO_CELL]
-    console = Console(quiet=True)
-    for jobs in (1, 2):
-        outcome = run_cells(todo, "s", tmp_path / str(jobs), jobs, console)
-        assert (outcome.finished, outcome.skipped, outcome.failed) == (3, 0, [])
-    for cell in todo:
-        one, two = (read_run(run_folder(tmp_path / str(jobs), "s", cell)) for jobs in (1, 2))
-        assert one.digest == two.digest
-    again = run_cells(todo, "s", tmp_path / "1", 1, console)
-    assert (again.finished, again.skipped) == (0, 3)
-
-
-@pytest.mark.parametrize("number", [2, 4])
-def test_commands_on_one_folder_share_the_work(tmp_path, number):
-    """Processes started together on the same cells: every cell is run once, and all of them see it
-    finished.
-    """
-    program = (
-        "import sys; from pathlib import Path; from rich.console import Console; from scpo_bench import harness;"
-        "from scpo_bench.runs.launch import run_cells; from scpo_bench.records.schema import Cell; original = harness.run_cell\n"
-        "def counted(cell, *rest):\n    print('ran', cell.seed, flush=True)\n    return original(cell, *rest)\n"
-        "harness.run_cell = counted\n"
-        "cells = [Cell.model_validate_json(line) for line in sys.stdin]\n"
-        "outcome = run_cells(cells, 's', Path(sys.argv[1]), 1, Console(quiet=True)); print('failed', len(outcome.failed))"
-    )
-    todo = [CELL.model_copy(update={"seed": seed, "steps": 400}) for seed in range(6)]
-    lines = "\n".join(cell.model_dump_json() for cell in todo)
-    commands = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, tmp_path],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(number)
-    ]
-    for command in commands:
-        command.stdin.write(lines)
-        command.stdin.close()
-    assert [command.wait(timeout=300) for command in commands] == [0] * number
-    said = [line for command in commands for line in command.stdout.read().splitlines()]
-    assert sorted(said) == ["failed 0"] * number + [f"ran {seed}" for seed in range(6)]
-    serial = run_cells(todo, "s", tmp_path / "serial", 1, Console(quiet=True))
-    assert serial.finished == 6
-    for cell in todo:
-        together, alone = (
-            read_run(run_folder(results, "s", cell)) for results in (tmp_path, tmp_path / "serial")
-        )
-        assert together.digest == alone.digest
-    for command in commands:
-        command.stdout.close()
-
-
-def test_killed_run_starts_again_and_ends_equal(tmp_path):
-    """kill -9 in the middle: what was written is readable, and the same command gives the record of
-    an undisturbed run.
-    """
-    program = "import sys; from pathlib import Path; from scpo_bench.runs.harness import run_cell; from scpo_bench.records.schema import Cell;"
-    program += "run_cell(Cell.model_validate_json(sys.argv[1]), Path(sys.argv[2]), 's')"
-    cell = CELL.model_copy(update={"steps": 4000})
-    folder = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, "-c", program, cell.model_dump_json(), folder])
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (folder / "updates.jsonl").exists():
-        time.sleep(0.05)
-    time.sleep(0.5)
-    process.kill()
-    process.wait()
-    assert read_run(folder).status == "running"
-    read_updates(folder)
-    assert run_cell(cell, folder, "s").digest == run_cell(cell, tmp_path / "whole", "s").digest
-
-
-def test_failed_cell_is_shown_and_the_rest_goes_on(tmp_path):
-    """A bad configuration fails its own cell, keeps its traceback in a file, and costs nobody else
-    anything.
-    """
-    bad = CELL.model_copy(update={"config": {**PPO_CONFIG, "batch_size": -1}})
-    outcome = run_cells(
-        [bad, CELL.model_copy(update={"seed": 5})], "s", tmp_path, 1, Console(quiet=True)
-    )
-    assert outcome.finished == 1
-    assert outcome.failed[0][0] == bad
-    folder = run_folder(tmp_path, "s", bad)
-    assert read_run(folder).status == "failed"
-    assert "Traceback" in (folder / "traceback.txt").read_text()
-
-
 def test_unsafe_start_fails_with_constraint_and_value(tmp_path):
-    """SCPO from a start that is not safe: refused before training, in words a user can act on."""
+    """SCPO from an unsafe start must be refused before training, with constraint and value."""
     cell = SCPO_CELL.model_copy(
         update={"task": "scpo_bench/DoubleIntegratorImitation-v0", "start": "random"}
     )
@@ -282,7 +247,7 @@ def test_unsafe_start_fails_with_constraint_and_value(tmp_path):
 
 
 def test_interrupt_keeps_the_updates_so_far(tmp_path, monkeypatch):
-    """Ctrl-C in the middle: what was recorded stays readable, and the status says so."""
+    """After Ctrl-C the record must be readable, say so, and be completed by the next run."""
 
     def interrupted(self, *args, **kwargs):
         if self.num_timesteps >= 40:
@@ -299,26 +264,8 @@ def test_interrupt_keeps_the_updates_so_far(tmp_path, monkeypatch):
     assert run_cell(CELL, tmp_path, "s").status == "finished"
 
 
-def test_changed_cell_keeps_the_old_record(tmp_path):
-    """A finished run of another configuration is set aside, not written over."""
-    console = Console(quiet=True)
-    run_cells([CELL], "s", tmp_path, 1, console)
-    changed = CELL.model_copy(update={"steps": 40})
-    run_cells([changed], "s", tmp_path, 1, console)
-    folder = run_folder(tmp_path, "s", CELL)
-    assert read_run(folder).key == changed.key()
-    assert read_run(folder.with_name(f"{folder.name}~{CELL.key()[:12]}")).key == CELL.key()
-
-
-def test_unwritable_results_folder_is_one_line(tmp_path):
-    """A file where the folder should be: named before anything runs."""
-    (tmp_path / "results").write_text("")
-    with pytest.raises(UserError, match="--results: cannot write to"):
-        run_cells([CELL], "s", tmp_path / "results", 1, Console(quiet=True))
-
-
 def test_damaged_records_are_named(tmp_path):
-    """A cut last line is a killed run and left out; anything else names file, line and field."""
+    """A cut last line (a killed run) is left out; any other damage must be named by its place."""
     run_cell(CELL.model_copy(update={"config": {**PPO_CONFIG, "batch_size": -1}}), tmp_path, "s")
     path = tmp_path / "updates.jsonl"
     line = json.dumps({"update": 0, "interaction_steps": 0, "probe_steps": 0, "episodes": 0})
@@ -335,9 +282,47 @@ def test_damaged_records_are_named(tmp_path):
         read_run(tmp_path)
 
 
+# Agents, environments, provenance
+
+
+@pytest.mark.parametrize(("config", "told"), [({}, 7.0), ({"cost_limit": 3.0}, 3.0)])
+def test_the_agent_is_told_the_cost_limit(config, told):
+    """An agent must train for the limit that it is judged by, unless the suite says otherwise."""
+    cell = CELL.model_copy(update={"agent": "cpo", "cost_limit": 7.0, "config": config})
+    agent = make_agent(cell, make_training_env(cell))
+    assert agent.config.cost_limit == told
+
+
+@pytest.mark.parametrize("agent", ["scpo", "sgd", "ppo-lagrangian", "cpo", "cvpo"])
+def test_resolved_config_names_every_default(agent):
+    """A default that changes later must not change what a record says it was run with."""
+    cell = CELL.model_copy(update={"agent": agent, "config": {}})
+    made = make_agent(cell, make_training_env(cell))
+    defaults = dataclasses.asdict(type(made).Config())
+    expected = {**defaults, "cost_limit": 0.0} if "cost_limit" in defaults else defaults
+    assert len(defaults) >= 10
+    assert resolved_config(made) == expected
+
+
+def test_resolved_config_is_in_the_record(tmp_path):
+    """run.json must hold what was set, what the cell implies, and the defaults."""
+    set_here = {"steps_per_update": 40, "target_kl": 0.03}
+    changes = {"agent": "cpo", "cost_limit": 7.0, "config": set_here}
+    run_cell(CELL.model_copy(update=changes), tmp_path, "s")
+    defaults = json.loads(json.dumps(dataclasses.asdict(CPO.Config())))  # lists for tuples
+    assert read_run(tmp_path).resolved_config == {**defaults, **set_here, "cost_limit": 7.0}
+
+
+def test_a_start_that_the_agent_cannot_take_is_refused():
+    """``start: backup`` must not run from another policy where an agent has no backup."""
+    cell = CELL.model_copy(update={"agent": "stable_baselines3:SAC", "config": {}})
+    with pytest.raises(UserError, match="has no policy that starts at a backup"):
+        make_agent(cell, make_training_env(cell))
+
+
 @pytest.mark.parametrize("agent", ["ppo", "scpo-ppo", "ppo-lagrangian", "cpo", "cvpo"])
 def test_start_zero_is_action_zero_everywhere(agent):
-    """``start: zero``: every agent's untrained policy stands still, whatever it sees."""
+    """With ``start: zero`` every agent's untrained policy must act 0, whatever it observes."""
     cell = Cell(
         agent=agent,
         task="SafetySwimmerVelocity-v1",
@@ -357,3 +342,35 @@ def test_start_zero_is_action_zero_everywhere(agent):
         assert not make_agent(cell, env).predict(observations, deterministic=True)[0].any()
     finally:
         env.close()
+
+
+def test_a_task_of_a_module_runs(tmp_path, monkeypatch):
+    """A task named "module:Id" must be registered by importing the module, as gymnasium does."""
+    (tmp_path / "my_tasks.py").write_text(
+        f"import gymnasium\nimport {__name__}\n"
+        f"gymnasium.register('test/Mine-v0', {__name__}.Scripted)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    changes = {"task": "my_tasks:test/Mine-v0", "start": "zero"}
+    run = run_cell(CELL.model_copy(update=changes), tmp_path / "run", "s")
+    assert (run.status, run.error) == ("finished", None)
+
+
+def test_provenance_names_the_commit_and_the_versions():
+    """A record must lead back to the code that wrote it."""
+    found = provenance.provenance()
+    assert all(found["versions"][name] for name in ("torch", "numpy", "gymnasium"))
+    if not (ROOT / ".git").exists():
+        pytest.skip("no git checkout")
+    command = ["git", "rev-parse", "HEAD"]
+    head = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert found["commit"].removesuffix("+") == head.strip()
+
+
+def test_a_missing_package_comes_with_its_command(monkeypatch):
+    """``doctor`` must say how to install what is missing, and safety-gymnasium without its pins."""
+    monkeypatch.setattr(provenance, "_version", {"torch": "2"}.get)
+    hints = {name: hint for name, _, hint in provenance.describe_environment()}
+    assert hints["torch"] == ""
+    assert hints["scipy"] == "pip install scipy"
+    assert hints["safety-gymnasium"] == "pip install --no-deps safety-gymnasium"

@@ -12,7 +12,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 import scpo_bench  # noqa: F401 - registers the tasks
 from scpo_bench.contract import ProbeMeter
 from scpo_bench.policies import AffineBackup
-from scpo_bench.runs.native_vec_env import NativeVecEnv
+from scpo_bench.runs.environments import NativeVecEnv
 from scpo_bench.scpo.agent import SCPO
 from scpo_bench.scpo.gradient_descent import GradientDescent
 from scpo_bench.scpo.guard import UnsafeStartError

@@ -22,7 +22,7 @@ import scpo_bench  # noqa: F401 - registers the tasks
 from scpo_bench.baselines.cvpo import CVPO
 from scpo_bench.baselines.ppo_lagrangian import PPOLagrangian
 from scpo_bench.policies import AffineBackup, BackupActorCriticPolicy
-from scpo_bench.runs.native_vec_env import NativeVecEnv
+from scpo_bench.runs.environments import NativeVecEnv
 from scpo_bench.scpo.cost_gradient import cost_gradient
 from scpo_bench.scpo.guard import UnsafeStartError
 from scpo_bench.scpo.spaces import PolicyWeights

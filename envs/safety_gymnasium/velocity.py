@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import gymnasium
@@ -119,23 +118,6 @@ class SafetyVelocityEnv(gymnasium.Env):
     def close(self) -> None:
         """Free the renderers."""
         self._inner.close()
-
-    @property
-    def snapshot_size(self) -> int:
-        """float64 numbers in a snapshot (see ``scpo_bench.runs.handover``)."""
-        from scpo_bench.envs.safety_gymnasium.world import robot_snapshot_size
-
-        return robot_snapshot_size(self._inner)
-
-    def snapshot_functions(
-        self, memory: np.ndarray
-    ) -> tuple[Callable[[], None], Callable[[], None]]:
-        """(write, read): what the next step depends on, into ``memory`` [snapshot_size] float64 and
-        back.
-        """
-        from scpo_bench.envs.safety_gymnasium.world import robot_snapshot_functions
-
-        return robot_snapshot_functions(self._inner, memory)
 
     def __getstate__(self) -> dict[str, Any]:
         """The whole state, without renderers: an unpickled copy continues as this one would."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import mujoco
@@ -16,8 +15,6 @@ import numpy as np
 
 from scpo_bench.envs.safety_gymnasium.package import original
 
-_FULL_STATE = mujoco.mjtState.mjSTATE_INTEGRATION
-_READ_BEFORE_A_STEP = ("xpos", "xipos")  # of what lags the state: Ant's and Humanoid's position
 
 
 @functools.cache
@@ -79,41 +76,3 @@ class CurrentTask:
         viewer.model, viewer.data = self.model, self.data  # the original reset makes new ones
         self.viewer = viewer
         return viewer
-
-
-def robot_snapshot_size(robot: Any) -> int:
-    """float64 numbers in a robot's snapshot."""
-    return mujoco.mj_stateSize(robot.model, _FULL_STATE) + sum(
-        getattr(robot.data, name).size for name in _READ_BEFORE_A_STEP
-    )
-
-
-def robot_snapshot_functions(
-    robot: Any, memory: np.ndarray
-) -> tuple[Callable[[], None], Callable[[], None]]:
-    """(write, read): what a robot's next step depends on, into ``memory`` [robot_snapshot_size]
-    float64 and back.
-
-    A fraction of ``dump_robot``, the rest of which is for drawing, in microseconds: what can be
-    looked up before is.
-    """
-    model, data, which = robot.model, robot.data, int(_FULL_STATE)
-    end = mujoco.mj_stateSize(model, _FULL_STATE)
-    physics = memory[:end]
-    lagging = []
-    for name in _READ_BEFORE_A_STEP:
-        array = getattr(data, name).reshape(-1)
-        lagging.append((memory[end : end + array.size].data.cast("B"), array.data.cast("B")))
-        end += array.size
-
-    def write() -> None:
-        mujoco.mj_getState(model, data, physics, which)
-        for there, here in lagging:
-            there[:] = here
-
-    def read() -> None:
-        mujoco.mj_setState(model, data, physics, which)
-        for there, here in lagging:
-            here[:] = there
-
-    return write, read

@@ -20,7 +20,8 @@ from scpo_bench.checks.known_functions import KnownFunctions
 from scpo_bench.contract import Floats
 from scpo_bench.errors import UserError, nearest
 from scpo_bench.records.schema import Cell
-from scpo_bench.runs.harness import make_agent, make_training_env
+from scpo_bench.runs.agents import make_agent
+from scpo_bench.runs.environments import make_training_env
 from scpo_bench.scpo.agent import SCPO
 from scpo_bench.scpo.constraints import Constraints, Exact
 from scpo_bench.scpo.directions import DirectionMemory, probe_basis

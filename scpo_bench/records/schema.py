@@ -17,6 +17,16 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def violates(cost: float, worst: float | None, limit: float) -> bool:
+    """Whether a policy whose evaluation gave ``cost`` per episode and ``worst`` violates ``limit``.
+
+    With limit 0 any signed constraint value > 0 counts, or any cost where the task has none.
+    """
+    if limit == 0 and worst is not None:
+        return worst > 0
+    return cost > limit
+
+
 class Cell(_Strict):
     """What defines a run.
 

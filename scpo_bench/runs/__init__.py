@@ -1,1 +1,1 @@
-"""Running cells: one cell into one run folder, many cells in processes, and resuming."""
+"""Runs: one cell trained and recorded (``harness``), many cells in processes (``launch``)."""

@@ -1,9 +1,9 @@
-"""A run's whole state between two updates, so that a killed run goes on as if nothing had happened.
+"""A run's whole state between two updates, so that a killed run resumes where it was.
 
 A checkpoint is a pickle: the agent with its optimisers, buffers and generators, the environments in
-the state they are in, and what the recorder has counted. Reading a pickle runs code, so only the
-user's own are read: each is sealed with a key that stays in the user's configuration folder, and a
-checkpoint that came with somebody else's records is passed over.
+their present state, and what the recorder has counted. Unpickling runs code, so only the user's own
+checkpoints are read: each is sealed with a key in the user's configuration folder, and one that
+came with somebody else's records is ignored.
 """
 
 from __future__ import annotations
@@ -26,38 +26,33 @@ import numpy as np
 import torch
 from stable_baselines3.common.vec_env import VecEnvWrapper
 
+from scpo_bench.contract import Agent
 from scpo_bench.records.files import CHECKPOINT_FILE, LogMark, UpdateLog, write_atomically
+from scpo_bench.runs.recorder import RecordingVecEnv
 
-SHARE_OF_TIME = (
-    0.02  # spent on writing checkpoints, at most: cheap ones are written at every update
-)
+# Of a run's time, spent on checkpoints at most; cheap ones are written at every update.
+SHARE_OF_TIME = 0.02
+RETRY_S = 60.0  # after a write that failed, on a full disk say
 SEAL_BYTES = 32
-# What an SB3 agent makes anew in its next learn().
-TRANSIENT = ("_logger",)
+TRANSIENT = ("_logger",)  # attributes that an SB3 agent sets anew in learn()
 
 
 @dataclass
 class Checkpoint:
-    """What a run needs to go on. env: the recording environment; mark: how far the log had been
-    written; elapsed_s: until then.
-    """
+    """What a run resumes from. mark: the end of the log; elapsed_s: the seconds until then."""
 
-    agent: Any
-    env: Any
+    agent: Agent
+    env: RecordingVecEnv
     mark: LogMark
     elapsed_s: float
 
 
 class _Pickler(cloudpickle.Pickler):
-    """Passes over what SB3's VecEnvWrapper keeps of its class, which no pickle can hold and which
-    follows from the class.
-    """
+    """Leaves out the class members that SB3's VecEnvWrapper keeps: they cannot be pickled."""
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, VecEnvWrapper) and type(obj).__getstate__ is object.__getstate__:
-            state = {
-                name: value for name, value in obj.__dict__.items() if name != "class_attributes"
-            }
+            state = {k: v for k, v in obj.__dict__.items() if k != "class_attributes"}
             return object.__new__, (type(obj),), state, None, None, _set_wrapper_state
         return super().reducer_override(obj)
 
@@ -72,9 +67,8 @@ def _dumps(value: Any) -> bytes:
     return buffer.getvalue()
 
 
-def obstacle(agent: Any) -> str | None:
-    """The first attribute of the agent that no checkpoint can hold, and why; None if there is none.
-    """
+def obstacle(agent: Agent) -> str | None:
+    """The first attribute of the agent that cannot be pickled, and why; None if all can."""
     for name, value in _state(agent).items():
         try:
             _dumps(value)
@@ -83,12 +77,12 @@ def obstacle(agent: Any) -> str | None:
     return None
 
 
-def _state(agent: Any) -> dict[str, Any]:
+def _state(agent: Agent) -> dict[str, Any]:
     return {name: value for name, value in agent.__dict__.items() if name not in TRANSIENT}
 
 
 def _key() -> bytes | None:
-    """This user's sealing key, made on first use; None where there is no place to keep one."""
+    """This user's sealing key, written on first use; None where it cannot be stored."""
     base = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "scpo-bench"
     path = base / "checkpoint.key"
     with contextlib.suppress(OSError):
@@ -110,12 +104,11 @@ def _seal(key: bytes, cell_key: str, body: bytes) -> bytes:
 
 
 class Checkpointer:
-    """Writes the checkpoints of one run into its folder, as often as ``SHARE_OF_TIME`` allows.
+    """Writes one run's checkpoints into its folder, as often as ``SHARE_OF_TIME`` allows.
 
-    cell_key, versions: what a checkpoint must agree with to be read again; other code would not go
-    on in the same way. ``obstacle`` says why there are none, where there are none.
-    Without a key to seal with, or with an agent that cannot be pickled, there are no checkpoints:
-    the run starts again when killed.
+    cell_key, versions: what a checkpoint must agree with to be read; other code would continue
+    differently. Without a key, or with an agent that cannot be pickled, there are no checkpoints:
+    ``obstacle`` says why, and a killed run starts again.
     """
 
     def __init__(self, folder: Path, cell_key: str, versions: dict[str, Any]) -> None:
@@ -124,22 +117,20 @@ class Checkpointer:
         self._next = 0.0
         self.obstacle: str | None = None if self._secret else "no place to keep a key"
 
-    def save(self, agent: Any, env: Any, log: UpdateLog, elapsed_s: float) -> None:
-        """Write a checkpoint if one is due. env: the harness's recording environment, below any
-        VecNormalize.
-        """
+    def save(self, agent: Agent, env: RecordingVecEnv, log: UpdateLog, elapsed_s: float) -> None:
+        """Write a checkpoint if one is due. env: the recording wrapper, below any VecNormalize."""
         if self._secret is None or self.obstacle or time.monotonic() < self._next:
             return
         began = time.monotonic()
         normaliser = agent.get_vec_normalize_env()
-        state = {
+        state: dict[str, Any] = {
             "versions": self._versions,
             "agent": _state(agent),
             "env": env,
-            # the same object as the agent's env, without the environments below it
+            # VecNormalize pickles without the environments below it.
             "normaliser": normaliser,
             "returns": None if normaliser is None else normaliser.returns,
-            "random": (random.getstate(), np.random.get_state(), torch.get_rng_state()),
+            "random": (random.getstate(), np.random.get_state(), torch.get_rng_state()),  # noqa: NPY002 - SB3 uses it
             "elapsed_s": elapsed_s,
         }
         try:
@@ -147,9 +138,7 @@ class Checkpointer:
             body = _dumps(state)
             write_atomically(self.path, _seal(self._secret, self._cell_key, body) + body)
         except OSError:
-            self._next = (
-                time.monotonic() + 60.0
-            )  # the disk may be full now and free later; the last checkpoint stands
+            self._next = time.monotonic() + RETRY_S  # the last checkpoint stays
             return
         except Exception as error:
             self.obstacle = f"{type(error).__name__}: {error}"
@@ -157,10 +146,8 @@ class Checkpointer:
         ended = time.monotonic()
         self._next = ended + (ended - began) / SHARE_OF_TIME
 
-    def load(self, agent_class: type[Any]) -> Checkpoint | None:
-        """The run's last checkpoint, with the random generators set to it; None if there is none
-        that is ours and fits.
-        """
+    def load(self, agent_class: type[Agent]) -> Checkpoint | None:
+        """The run's last checkpoint, if it is ours and fits; sets the global random generators."""
         try:
             content = self.path.read_bytes()
         except OSError:
@@ -176,13 +163,13 @@ class Checkpointer:
             return None
         if state["versions"] != self._versions:
             return None
-        agent: Any = object.__new__(agent_class)
+        agent = object.__new__(agent_class)
         agent.__dict__.update(state["agent"])
         if state["normaliser"] is not None:
             state["normaliser"].set_venv(state["env"])
             state["normaliser"].returns = state["returns"]
         random.setstate(state["random"][0])
-        np.random.set_state(state["random"][1])
+        np.random.set_state(state["random"][1])  # noqa: NPY002 - as above
         torch.set_rng_state(state["random"][2])
         return Checkpoint(agent, state["env"], state["mark"], state["elapsed_s"])
 

@@ -1,4 +1,4 @@
-"""What every process that this package starts has in common."""
+"""How the processes of this package start and end."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from typing import NoReturn
 
 
 def end_with_parent() -> None:
-    """A parent that is killed must not leave processes behind that go on writing records: they get
-    SIGTERM.
-    """
+    """Send this process SIGTERM when its parent dies, so that none is left writing records."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -24,9 +22,12 @@ def end_with_parent() -> None:
 
 
 def sigterm_interrupts() -> None:
-    """SIGTERM, which schedulers send before they kill, raises KeyboardInterrupt, as Ctrl-C does."""
+    """Make SIGTERM, which schedulers send before they kill, raise KeyboardInterrupt like Ctrl-C."""
     signal.signal(signal.SIGTERM, _interrupt)
 
 
 def _interrupt(*_: object) -> NoReturn:
+    # A scheduler's SIGTERM may reach a process and, through its parent, reach it again: the second
+    # must not interrupt the writing of the record.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt

@@ -1,35 +1,35 @@
-"""What is measured, where the agent meets the environment.
+"""What is measured where the agent meets its environment; an agent reports nothing of its safety.
 
-:class:`RecordingVecEnv` sees every interaction step; :func:`evaluate` runs the policy on held-out
-starts; :class:`UpdateRecorder`, a callback, writes one line per update. The agent reports nothing
-about its own safety.
+:class:`RecordingVecEnv` sees every interaction step; :class:`UpdateRecorder`, a callback, writes
+one :class:`Update` per update of the policy.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
+from numpy.typing import NDArray
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 
 from scpo_bench.contract import ProbeMeter, check_transition
 from scpo_bench.records.files import UpdateLog
-from scpo_bench.records.schema import Cell, Update
-from scpo_bench.runs.checkpoints import Checkpointer
-from scpo_bench.runs.native_vec_env import NativeVecEnv
+from scpo_bench.records.schema import Cell, Update, violates
+from scpo_bench.runs.evaluation import Evaluator
 
-EPISODES_AT_ONCE = 16  # of evaluation: environments held in memory for it
-HELD_OUT_ENTROPY = 20_251_213  # root of the evaluation seeds, which no cell's seed leads to
+PROGRESS_S = 0.2  # between two reports of progress
+
+# Called with (interaction steps, updates).
+Progress = Callable[[int, int], None]
 
 
 @dataclass
 class Collection:
-    """What happened between two updates, at the environment boundary."""
+    """What happened between two updates. returns, costs: of the episodes that ended."""
 
     returns: list[float] = field(default_factory=list)
     costs: list[float] = field(default_factory=list)
@@ -39,10 +39,10 @@ class Collection:
 
 
 class RecordingVecEnv(VecEnvWrapper):
-    """Counts steps, returns, costs and constraint values, and passes everything through unchanged.
+    """Counts steps, returns, costs and constraint values, and passes everything on unchanged.
 
     Raises KeyError if a step's info has no cost, FloatingPointError if anything is not finite.
-    ``probe_meter`` is where constraint evaluation charges its steps.
+    Constraint evaluation charges its steps to ``probe_meter``.
     """
 
     def __init__(self, venv: VecEnv) -> None:
@@ -87,132 +87,11 @@ class RecordingVecEnv(VecEnvWrapper):
         return seen
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Deterministic episodes on held-out starts: means over episodes; worst over steps; objective
-    over the steps that count.
-    """
-
-    mean_return: float
-    mean_cost: float
-    worst: float | None
-    objective: float | None
-
-    def violates(self, limit: float) -> bool:
-        """With limit 0 any constraint value > 0 counts, or any cost where the task has no signed
-        values.
-        """
-        if limit == 0 and self.worst is not None:
-            return self.worst > 0
-        return self.mean_cost > limit
-
-
-class Evaluator:
-    """Evaluates a policy on ``episodes`` episodes whose starts, and noise, are the same at every
-    call.
-
-    The seeds come from their own branch of the seed tree (``HELD_OUT_ENTROPY``), the same for all
-    agents and seeds of a task: every agent is judged on the same starts, and no agent trains on
-    them.
-    """
-
-    def __init__(self, task: str, env_kwargs: dict[str, Any], episodes: int, native: bool) -> None:
-        sequence = np.random.SeedSequence(HELD_OUT_ENTROPY)
-        self._native: NativeVecEnv | None = None
-        self._envs: list[gym.Env[Any, Any]] = []
-        if native:
-            vector_env = gym.make_vec(
-                task, num_envs=episodes, vectorization_mode="vector_entry_point", **env_kwargs
-            )
-            self._native = NativeVecEnv(vector_env)
-            self._seeds = [int(sequence.generate_state(1)[0])]
-        else:
-            self._envs = [
-                gym.make(task, **env_kwargs) for _ in range(min(episodes, EPISODES_AT_ONCE))
-            ]
-            self._seeds = [int(s) for s in sequence.generate_state(episodes)]
-
-    def __call__(self, predict: Callable[[Any], Any]) -> Evaluation:
-        """predict: observations [n, ...] -> actions [n, ...]."""
-        return self._evaluate_native(predict) if self._native else self._evaluate_stepped(predict)
-
-    def _evaluate_native(self, predict: Callable[[Any], Any]) -> Evaluation:
-        assert self._native is not None
-        env = self._native.vector_env
-        observations, _ = env.reset(seed=self._seeds[0])
-        n = env.num_envs
-        returns, costs, going = np.zeros(n), np.zeros(n), np.ones(n, dtype=bool)
-        worst: float | None = None
-        objective: list[Any] = []
-        while going.any():
-            observations, rewards, terminated, truncated, info = env.step(predict(observations))
-            returns += rewards * going
-            costs += info["cost"] * going
-            if "constraint_values" in info:
-                worst = max(
-                    -np.inf if worst is None else worst,
-                    float(info["constraint_values"][going].max()),
-                )
-            if "objective_loss" in info:
-                objective.append(info["objective_loss"][going & info["_objective_loss"]])
-            going &= ~(terminated | truncated)
-        losses = np.concatenate(objective) if objective else np.zeros(0)
-        return Evaluation(
-            float(returns.mean()),
-            float(costs.mean()),
-            worst,
-            float(losses.mean()) if len(losses) else None,
-        )
-
-    def _evaluate_stepped(self, predict: Callable[[Any], Any]) -> Evaluation:
-        """Several episodes side by side, so that one prediction serves them all."""
-        n = len(self._seeds)
-        returns, costs = np.zeros(n), np.zeros(n)
-        losses: list[list[float]] = [[] for _ in range(n)]
-        worst: float | None = None
-        for first in range(0, n, len(self._envs)):
-            group = range(first, min(first + len(self._envs), n))
-            observations = np.stack(
-                [env.reset(seed=self._seeds[i])[0] for i, env in zip(group, self._envs)]
-            )
-            going = set(group)
-            while going:
-                # An episode that has ended keeps its row: an action must not depend, by rounding,
-                # on who else is still going.
-                actions = predict(observations)
-                for i in sorted(going):
-                    observation, reward, terminated, truncated, info = self._envs[i - first].step(
-                        actions[i - first]
-                    )
-                    observations[i - first] = observation
-                    returns[i] += float(reward)
-                    costs[i] += float(info["cost"])
-                    if "constraint_values" in info:
-                        worst = max(
-                            -np.inf if worst is None else worst,
-                            float(np.max(info["constraint_values"])),
-                        )
-                    if "objective_loss" in info:
-                        losses[i].append(info["objective_loss"])
-                    if terminated or truncated:
-                        going.remove(i)
-        counted = [loss for episode in losses for loss in episode]
-        objective = float(np.mean(counted)) if counted else None
-        return Evaluation(float(returns.mean()), float(costs.mean()), worst, objective)
-
-    def close(self) -> None:
-        for env in [self._native, *self._envs]:
-            if env is not None:
-                env.close()
-
-
 class UpdateRecorder(BaseCallback):
-    """Writes an :class:`Update` whenever the policy has changed: at the start of the next data
-    collection, and at the end.
+    """Writes an :class:`Update` whenever the policy has changed: before a collection, at the end.
 
-    log, updates, elapsed_s: of a run that goes on, what it has written so far and the seconds it
-    took. checkpointer: told after every update. progress: called with (interaction steps, updates)
-    after every update, and now and then in between.
+    save: called with the seconds so far when a checkpoint may be written. progress: called with
+    (interaction steps, updates) after every update, and now and then in between.
     """
 
     def __init__(
@@ -221,60 +100,60 @@ class UpdateRecorder(BaseCallback):
         env: RecordingVecEnv,
         evaluator: Evaluator,
         log: UpdateLog,
-        checkpointer: Checkpointer,
-        progress: Callable[[int, int], None] | None = None,
-        updates: Sequence[Update] = (),
-        elapsed_s: float = 0.0,
+        save: Callable[[float], None],
+        progress: Progress | None = None,
     ) -> None:
         super().__init__()
         self._cell, self._recording, self._evaluator, self._log = cell, env, evaluator, log
-        self._checkpointer, self._progress = checkpointer, progress
-        self.updates = list(updates)
+        self._save, self._progress = save, progress
+        self.updates: list[Update] = []
         self._collected = False
-        self._last_shown = time.perf_counter()
-        self._began = self._last_shown - elapsed_s
+        self._began = self._last_shown = time.perf_counter()
+
+    def resume(self, updates: list[Update], elapsed_s: float) -> None:
+        """Continue after the updates that an interrupted run has recorded in ``elapsed_s``."""
+        self.updates = updates
+        self._began -= elapsed_s
 
     def _on_rollout_start(self) -> None:
         if not self.updates or self._collected:
             self._write(final=False)
-            self._checkpointer.save(
-                self.model, self._recording, self._log, time.perf_counter() - self._began
-            )
-            # After every update, so that what stops a run by it does so at the same update always.
-            if self._progress:
-                self._progress(self._recording.steps, len(self.updates))
+            self._save(time.perf_counter() - self._began)
+            # After every update, so that what stops a run by its progress does so at the same one.
+            self._show()
 
     def _on_rollout_end(self) -> None:
         self._collected = True
 
     def _on_step(self) -> bool:
         now = time.perf_counter()
-        if self._progress and now - self._last_shown > 0.2:
+        if now - self._last_shown > PROGRESS_S:
             self._last_shown = now
-            self._progress(self._recording.steps, len(self.updates))
+            self._show()
         return True
 
     def _on_training_end(self) -> None:
         if self._collected:
             self._write(final=True)
-        if self._progress:
+        self._show()
+
+    def _show(self) -> None:
+        if self._progress is not None:
             self._progress(self._recording.steps, len(self.updates))
 
-    def _predict(self, observations: Any) -> Any:
+    def _predict(self, observations: NDArray[Any]) -> NDArray[Any]:
+        """As the policy is deployed: normalised by the statistics of training, deterministic."""
         normalizer = self.model.get_vec_normalize_env()
-        if normalizer is not None:
-            observations = normalizer.normalize_obs(observations)
-        return self.model.predict(observations, deterministic=True)[0]
+        inputs = observations if normalizer is None else normalizer.normalize_obs(observations)
+        return self.model.predict(inputs, deterministic=True)[0]
 
     def _write(self, final: bool) -> None:
-        number = len(self.updates)
-        seen = self._recording.take()
-        meter = self._recording.probe_meter
-        evaluation = None
+        number, limit = len(self.updates), self._cell.cost_limit
+        seen, meter = self._recording.take(), self._recording.probe_meter
+        evaluated = {}
         if final or number % self._cell.evaluation_interval == 0:
-            evaluation = self._evaluator(self._predict)
+            evaluated = self._evaluate(limit)
         elapsed = time.perf_counter() - self._began
-        limit = self._cell.cost_limit
         update = Update(
             update=number,
             interaction_steps=self._recording.steps,
@@ -282,16 +161,12 @@ class UpdateRecorder(BaseCallback):
             episodes=len(seen.returns),
             return_mean=float(np.mean(seen.returns)) if seen.returns else None,
             cost_mean=float(np.mean(seen.costs)) if seen.costs else None,
-            cost_max=max(seen.costs) if seen.costs else None,
+            cost_max=max(seen.costs, default=None),
             cost_sum=seen.cost_sum,
             violating_episodes=sum(cost > limit for cost in seen.costs),
             violating_steps=seen.violating_steps,
             worst_constraint_value=seen.worst,
-            iterate_return=evaluation.mean_return if evaluation else None,
-            iterate_cost=evaluation.mean_cost if evaluation else None,
-            iterate_worst_constraint_value=evaluation.worst if evaluation else None,
-            iterate_objective=evaluation.objective if evaluation else None,
-            iterate_violates=evaluation.violates(limit) if evaluation else None,
+            **evaluated,
             probe_violations=meter.violations,
             diagnostics=_plain(getattr(self.model, "diagnostics", {})),
             wall_time_s=elapsed,
@@ -300,6 +175,17 @@ class UpdateRecorder(BaseCallback):
         self.updates.append(update)
         self._log.append(update)
         self._collected = False
+
+    def _evaluate(self, limit: float) -> dict[str, Any]:
+        """The fields of an update that describe its policy."""
+        found = self._evaluator(self._predict)
+        return {
+            "iterate_return": found.mean_return,
+            "iterate_cost": found.mean_cost,
+            "iterate_worst_constraint_value": found.worst,
+            "iterate_objective": found.objective,
+            "iterate_violates": violates(found.mean_cost, found.worst, limit),
+        }
 
 
 def _plain(diagnostics: dict[str, Any]) -> dict[str, float | None]:

@@ -21,7 +21,7 @@ import torch
 
 import scpo_bench  # noqa: F401 - registers the tasks
 from scpo_bench.policies import AffineBackup
-from scpo_bench.runs.native_vec_env import NativeVecEnv
+from scpo_bench.runs.environments import NativeVecEnv
 from scpo_bench.scpo.agent import SCPO
 from scpo_bench.scpo.projection import Certificate, project
 

@@ -1,21 +1,52 @@
-"""A native Gymnasium vector environment as a Stable-Baselines3 VecEnv."""
+"""The vector environments of a cell, for training and for evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import importlib
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+
+from scpo_bench.records.schema import Cell
+from scpo_bench.runs.worker_env import WorkerVecEnv
+
+
+def has_vector_env(task: str) -> bool:
+    """Whether the task is registered with a native vector environment."""
+    module, _, name = task.rpartition(":")
+    if module:  # "module:Id": importing the module registers the task
+        importlib.import_module(module)
+    return gym.spec(name).vector_entry_point is not None
+
+
+def make_vector_env(
+    task: str, num_envs: int, arguments: dict[str, Any]
+) -> VectorEnv[Any, Any, Any]:
+    """The task's native vector environment."""
+    mode = gym.VectorizeMode.VECTOR_ENTRY_POINT
+    return gym.make_vec(task, num_envs=num_envs, vectorization_mode=mode, **arguments)
+
+
+def make_training_env(cell: Cell, workers: int = 1) -> VecEnv:
+    """The cell's environments: native where the task has a vector environment.
+
+    workers: processes that step them otherwise; what they return does not depend on it.
+    """
+    if has_vector_env(cell.task):
+        return NativeVecEnv(make_vector_env(cell.task, cell.num_envs, cell.env))
+    make_envs = [functools.partial(gym.make, cell.task, **cell.env)] * cell.num_envs
+    return WorkerVecEnv(make_envs, workers) if workers > 1 else DummyVecEnv(list(make_envs))
 
 
 class NativeVecEnv(VecEnv):
-    """Wraps a SAME_STEP-autoresetting ``gymnasium.vector.VectorEnv``; ``task`` is the batched task,
-    where there is one.
+    """A gymnasium ``VectorEnv`` with SAME_STEP autoreset as a Stable-Baselines3 VecEnv.
 
-    Seeds: SB3 hands out one seed per environment; the native environment has one generator and
-    takes the first.
+    ``task`` is its batched task, or None. SB3 hands out one seed per environment; the vector
+    environment has one generator and takes the first.
     """
 
     def __init__(self, vector_env: VectorEnv[Any, Any, Any]) -> None:
@@ -23,14 +54,11 @@ class NativeVecEnv(VecEnv):
             raise ValueError(
                 "NativeVecEnv: expected a vector environment with autoreset mode SAME_STEP"
             )
-        self.vector_env = (
-            vector_env  # before super().__init__, which asks get_attr for the render mode
-        )
+        self.vector_env = vector_env  # first: super().__init__ asks get_attr for the render mode
         super().__init__(
             vector_env.num_envs, vector_env.single_observation_space, vector_env.single_action_space
         )
         self.task = getattr(vector_env.unwrapped, "task", None)
-        self._actions: Any = None
 
     def reset(self) -> Any:
         observations, info = self.vector_env.reset(
@@ -51,14 +79,12 @@ class NativeVecEnv(VecEnv):
         for i in np.flatnonzero(dones):
             infos[i]["terminal_observation"] = infos[i].pop("final_obs")
             infos[i]["TimeLimit.truncated"] = bool(truncated[i] and not terminated[i])
-            # What comes back with the new episode's first observation belongs to that episode.
+            # The label belongs to the new episode's first observation.
             self.reset_infos[i] = {k: v for k, v in infos[i].items() if k == "expert_action"}
         return observations, rewards.astype(np.float32), dones, infos
 
     def _split(self, info: dict[str, Any]) -> list[dict[str, Any]]:
-        """Gymnasium's dictionary of arrays, with its ``_key`` masks, as one dictionary per
-        environment.
-        """
+        """One dictionary per environment, of gymnasium's arrays and their ``_key`` masks."""
         infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
         for key, values in info.items():
             if key.startswith("_"):
@@ -79,13 +105,10 @@ class NativeVecEnv(VecEnv):
         setattr(self.vector_env.unwrapped, attr_name, value)
 
     def env_method(
-        self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any
+        self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any
     ) -> list[Any]:
-        result = getattr(self.vector_env.unwrapped, method_name)(*args, **kwargs)
+        result = getattr(self.vector_env.unwrapped, method_name)(*method_args, **method_kwargs)
         return [result for _ in self._get_indices(indices)]
 
-    def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:
+    def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: Any = None) -> list[bool]:
         return [False for _ in self._get_indices(indices)]
-
-    def get_images(self) -> Sequence[Any]:
-        return [None] * self.num_envs
