@@ -17,6 +17,16 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def violates(cost: float, worst: float | None, limit: float) -> bool:
+    """Whether a policy whose evaluation gave ``cost`` per episode and ``worst`` violates ``limit``.
+
+    With limit 0 any signed constraint value > 0 counts, or any cost where the task has none.
+    """
+    if limit == 0 and worst is not None:
+        return worst > 0
+    return cost > limit
+
+
 class Cell(_Strict):
     """What defines a run.
 
@@ -82,9 +92,7 @@ class Update(_Strict):
     iterate_objective: float | None = None
     """... mean of info["objective_loss"], where the task has an objective (lower is better) ..."""
     iterate_violates: bool | None = None
-    """... and whether that exceeds the limit (limit 0: any constraint value > 0, or any cost where
-    there are none).
-    """
+    """... and whether that violates the limit, by :func:`violates`."""
     probe_violations: int = Field(0, ge=0)
     """Candidate policies that violated while being evaluated, cumulative."""
     diagnostics: dict[str, float | None] = {}
