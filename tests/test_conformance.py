@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from scpo_bench.checks.conformance import TRIVIAL, check
 from scpo_bench.cli import app
+from scpo_bench.errors import UserError
 from scpo_bench.records.schema import Cell
 from scpo_bench.runs.harness import run_cell
 
@@ -195,13 +196,11 @@ def test_broken_agents_are_found_by_the_check_named_for_it(agents_file, name):
     ],
 )
 def test_mistakes_on_the_command_line_are_one_line(agents_file, arguments, message):
-    """A ValueError that `main` prints as one line with status 2."""
-    from scpo_bench.cli import _is_users
-
+    """A UserError, which `main` prints as one line with status 2."""
     (agents_file / "bad.py").write_text("1 / 0")
     (agents_file / "leaving.py").write_text("import sys; sys.exit(3)")
     error = scpo_bench_check(*arguments).exception
-    assert _is_users(error), error
+    assert isinstance(error, UserError), error
     assert message in str(error)
     assert "\n" not in str(error)
 
