@@ -60,7 +60,8 @@ def first_problem(error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
     place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in problem["loc"])
     message = f"{place.removeprefix('.') or 'file'}: {problem['msg']}"
-    if problem["type"] in ("missing", "unknown_key"):  # the input is the whole mapping around it
+    # The message names what is missing or unknown; the input is the whole mapping around it.
+    if problem["type"] in ("missing", "unknown"):
         return message
     try:
         given = repr(problem["input"])

@@ -129,7 +129,10 @@ TASK = ("suites", "core", "tasks", 0)
         (with_defaults(id="x"), r"defaults: unknown key 'id'"),
         (with_defaults(steps="x"), r"defaults\.steps: Input should be a valid integer"),
         (with_defaults(agents=["ppo", "pppo"]), r"defaults\.agents\[1\]: unknown agent 'pppo'"),
-        (with_defaults(config={"pppo": {}}), r"defaults\.config: unknown agent 'pppo'; did you"),
+        (
+            with_defaults(config={"pppo": {}}),
+            r"defaults\.config.*: unknown agent 'pppo'; did you mean 'ppo'",
+        ),
         (
             with_defaults(config={"ppo": {"x": float("nan")}}),
             r"defaults\.config\.ppo\.x.*finite number, got nan",
@@ -151,8 +154,8 @@ TASK = ("suites", "core", "tasks", 0)
             r"suites\.more: unknown key 'seed'; did you mean 'seeds'",
         ),
         (
-            with_suite({"extends": "core", "config": {"ppo": {}, "pp": {}}}),
-            r"suites\.more\.config: 'pp' is not among the agents; did you mean 'ppo'",
+            with_suite({"extends": "core", "agents": ["ppo"], "config": {"ppo": {}, "cpo": {}}}),
+            r"suites\.more\.config: 'cpo' is not among the agents; did you mean 'scpo'",
         ),
         (
             with_suite({"extends": "core", "tasks": ["SafetyPointGaol1-v0"], "agents": ["ppo"]}),

@@ -61,7 +61,7 @@ def _summary(run: Run, updates: list[Update]) -> Rows:
     yield "", f"evaluated: {often}, on {cell.evaluation_episodes} held-out episodes"
     for name, settings in (("env", cell.env), ("config", cell.config)):
         if settings:
-            yield name, _listed(settings)
+            yield name, _listed(settings, "=")
     yield "key", run.key
     error = f": {run.error}" if run.error else ""
     yield "ended", f"{run.status}{error}, from {run.started} to {run.ended or '(not ended)'}"
@@ -112,7 +112,7 @@ def _update(run: Run, updates: list[Update], number: int) -> Rows:
     multipliers = {name: rest.pop(name) for name in sorted(rest) if "multiplier" in name}
     for label, values in (("multipliers", multipliers), ("diagnostics", rest)):
         if values:
-            yield label, _listed(values)
+            yield label, _listed(values, "=")
 
 
 def verdict(update: Update, limit: float) -> str:
@@ -143,7 +143,7 @@ def _certificate(diagnostics: Mapping[str, float | None]) -> Rows:
         yield (
             "" if i else "certificate",
             f"{name:{width}}  bound {_number(bound)}  realised {_number(realised)}  L {_number(L)}"
-            f"{'  ABOVE ITS BOUND' if breach else ''}",
+            f"{'  above its bound' if breach else ''}",
         )
 
 
@@ -164,9 +164,9 @@ def _evaluation(update: Update) -> str:
     return _listed(measured)
 
 
-def _listed(values: Mapping[str, Any]) -> str:
-    known = {name: value for name, value in values.items() if value is not None}
-    return ", ".join(f"{name} {_number(value).strip()}" for name, value in known.items())
+def _listed(values: Mapping[str, Any], equals: str = " ") -> str:
+    known = {name: _number(value).strip() for name, value in values.items() if value is not None}
+    return ", ".join(f"{name}{equals}{value}" for name, value in known.items())
 
 
 def _number(value: Any) -> str:

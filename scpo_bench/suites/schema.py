@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from scpo_bench.errors import UserError, at, nearest, printable
@@ -31,6 +39,22 @@ MAX_CELLS = 100_000
 Count = Annotated[int, Field(ge=1, le=2**53)]
 
 
+def _unknown(problem: object) -> PydanticCustomError:
+    # Not as the template itself: a name in it may contain braces.
+    return PydanticCustomError("unknown", "{problem}", {"problem": str(problem)})
+
+
+def _agent(name: str) -> str:
+    try:
+        agent_spec(name)
+    except UserError as error:
+        raise _unknown(error) from None
+    return name
+
+
+AgentName = Annotated[str, AfterValidator(_agent)]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
@@ -39,16 +63,15 @@ class _Strict(BaseModel):
     def _only_known_keys(cls, data: Any) -> Any:
         for key in data if isinstance(data, dict) else ():
             if key not in cls.model_fields:
-                problem = f"unknown key '{printable(key, 80)}'{nearest(str(key), cls.model_fields)}"
-                # Not as the template itself: the key may contain braces.
-                raise PydanticCustomError("unknown_key", "{problem}", {"problem": problem})
+                hint = nearest(str(key), cls.model_fields)
+                raise _unknown(f"unknown key '{printable(key, 80)}'{hint}")
         return data
 
 
 class Settings(_Strict):
     """What can be set for a task, for all tasks of a suite, or for all suites."""
 
-    agents: list[str] = Field([], min_length=1)
+    agents: list[AgentName] = Field([], min_length=1)
     """Required."""
     steps: Count = 0
     """Interaction steps per run. Required."""
@@ -66,7 +89,7 @@ class Settings(_Strict):
     normalize: bool = False
     env: dict[str, JsonValue] = {}
     """Keyword arguments of the environment."""
-    config: dict[str, dict[str, JsonValue]] = {}
+    config: dict[AgentName, dict[str, JsonValue]] = {}
     """agent -> the fields of its configuration that differ from the agent's defaults."""
 
 
@@ -205,7 +228,7 @@ def _over(base: Values, own: Values) -> Values:
 
 def _resolve(file: _File) -> dict[str, Suite]:
     """The suites with defaults, extended suites and extended tasks filled in."""
-    _check("defaults", file.defaults, None)
+    _check("defaults", file.defaults, set(file.defaults.config))
     suites: dict[str, Suite] = {}
     # What a suite that extends the key (or nothing: None) starts from.
     for_all: dict[str | None, Values] = {None: _over({}, _given(file.defaults))}
@@ -270,16 +293,10 @@ def _complete(where: str, task: str, values: Values) -> TaskEntry:
     return TaskEntry.model_construct(id=task, **values)
 
 
-def _check(where: str, layer: Settings, running: set[str] | None) -> None:
-    """Agents exist, and run (``running``) where they are configured; settings have a JSON text."""
-    for i, agent in enumerate(layer.agents):
-        with at(f"{where}.agents[{i}]"):
-            agent_spec(agent)
+def _check(where: str, layer: Settings, running: set[str]) -> None:
+    """Only agents that run are configured, and the settings have a JSON text."""
     for agent in layer.config:
-        if running is None:
-            with at(f"{where}.config"):
-                agent_spec(agent)
-        elif agent not in running:
+        if agent not in running:
             hint = nearest(agent, sorted(running))
             raise UserError(f"{where}.config: '{agent}' is not among the agents{hint}")
     for name in ("env", "config"):  # they go into the cell's key and its record
