@@ -7,58 +7,56 @@ from __future__ import annotations
 
 import enum
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
+
+from scpo_bench.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from scpo_bench.records.schema import Cell
+    from scpo_bench.suites.schema import Benchmarks
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # it would read "[default: ...]" as markup and drop it
     help="Safe-RL benchmark: what happens to safety at every policy update.",
 )
 
-ResultsOption = Annotated[Path, typer.Option("--results", help="Folder of run records.")]
+Names = list[str] | None
+SuiteArgument = Annotated[str, Argument(help="Name of a suite; `list suites` shows them.")]
+ResultsOption = Annotated[Path, Option("--results", help="Folder of run records.")]
 FileOption = Annotated[
     Path | None,
-    typer.Option("--file", help="Suites file [default: ./benchmarks.yaml, else the packaged one]."),
+    Option("--file", help="Suites file [default: ./benchmarks.yaml, else the packaged one]."),
 ]
-JobsOption = Annotated[
-    int, typer.Option("--jobs", "-j", min=1, help="Runs at a time, one process each.")
-]
-WorkersOption = Annotated[
-    int,
-    typer.Option(
-        min=1, help="Processes that step the environments of one run; the record is the same."
-    ),
-]
-SeedsOption = Annotated[
-    int | None,
-    typer.Option("--seeds", min=1, help="Seeds per agent and task [default: the suite's]."),
-]
+JobsOption = Annotated[int, Option("--jobs", "-j", min=1, help="Runs at a time, in processes.")]
+
+Listing = enum.StrEnum("Listing", ["tasks", "agents", "suites"])
+TableFormat = enum.StrEnum("TableFormat", ["table", "md", "latex", "csv", "json", "html"])
 
 
-class Listing(enum.StrEnum):
-    tasks = "tasks"
-    agents = "agents"
-    suites = "suites"
-
-
-class TableFormat(enum.StrEnum):
-    table = "table"
-    md = "md"
-    latex = "latex"
-    csv = "csv"
-    json = "json"
-    html = "html"
-
-
-def _console() -> Any:
+def _console() -> Console:
     from rich.console import Console
 
     # A pipe or a log file has no width of its own: 120 columns hold the leaderboard.
     return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def _print_table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    from rich.table import Table
+
+    table = Table(*columns, box=None, pad_edge=False, show_header=any(columns))
+    for row in rows:
+        table.add_row(*row)
+    _console().print(table)
 
 
 def _names(values: list[str] | None) -> list[str] | None:
@@ -66,67 +64,43 @@ def _names(values: list[str] | None) -> list[str] | None:
     return [name for value in values for name in value.split(",") if name] if values else None
 
 
-def _benchmarks(file: Path | None) -> Any:
+def _benchmarks(file: Path | None) -> Benchmarks:
     from scpo_bench.suites.schema import default_file, load_benchmarks
 
     return load_benchmarks(file or default_file())
 
 
+def _planned(benchmarks: Benchmarks, suite: str) -> list[Cell] | None:
+    """The suite's cells, which the table compares with its records; None for an unlisted suite."""
+    from scpo_bench.suites.cells import cells
+
+    return cells(benchmarks.suites[suite]) if suite in benchmarks.suites else None
+
+
 @app.command("list")
-def list_(
-    what: Annotated[Listing, typer.Argument(help="tasks, agents or suites")],
-    file: FileOption = None,
-) -> None:
-    """What can be run."""
-    from rich.table import Table
+def list_(what: Annotated[Listing, Argument()], file: FileOption = None) -> None:
+    """List what can be run: tasks, agents or suites."""
+    from scpo_bench.suites import listing
 
-    from scpo_bench.suites import registry
-
-    table = Table(box=None, pad_edge=False)
-    if what is Listing.agents:
-        for column in ("agent", "what it is", "needs"):
-            table.add_column(column)
-        for agent in registry.agents().values():
-            needs = ["labels"] * agent.needs_labels + ["batched task"] * agent.needs_batched
-            table.add_row(agent.name, agent.summary, ", ".join(needs))
-    elif what is Listing.suites:
-        for column in ("suite", "tasks", "agents", "seeds", "description"):
-            table.add_column(column)
-        for name, suite in _benchmarks(file).suites.items():
-            agents = dict.fromkeys(agent for entry in suite.tasks for agent in entry.agents)
-            counts = {entry.seeds or suite.seeds for entry in suite.tasks}
-            seeds = "-".join(str(n) for n in sorted({min(counts), max(counts)}))
-            table.add_row(name, str(len(suite.tasks)), " ".join(agents), seeds, suite.description)
-    else:
-        for column in ("family", "task", "horizon", "cost limit", ""):
-            table.add_column(column)
-        previous = None
-        for task in registry.tasks().values():
-            family = task.family if task.family != previous else ""
-            table.add_row(family, task.id, str(task.horizon), f"{task.cost_limit:g}", task.summary)
-            previous = task.family
-    _console().print(table)
+    known = {Listing.tasks: listing.tasks, Listing.agents: listing.agents}
+    header, *rows = known[what]() if what in known else listing.suites(_benchmarks(file))
+    _print_table(header, rows)
 
 
 @app.command()
 def run(
-    suite: Annotated[str, typer.Argument(help="Name of a suite; `list suites` shows them.")],
-    agents: Annotated[
-        list[str] | None,
-        typer.Option(help="Only these (comma-separated); module:Class adds yours."),
-    ] = None,
-    tasks: Annotated[
-        list[str] | None, typer.Option(help="Only these tasks (comma-separated).")
-    ] = None,
-    seeds: SeedsOption = None,
+    suite: SuiteArgument,
+    agents: Annotated[Names, Option(help="Only these (a,b,...); module:Class adds yours.")] = None,
+    tasks: Annotated[Names, Option(help="Only these tasks (a,b,...).")] = None,
+    seeds: Annotated[int | None, Option(min=1, help="Per agent [default: the suite's].")] = None,
     jobs: JobsOption = 1,
-    workers: WorkersOption = 1,
+    workers: Annotated[int, Option(min=1, help="Processes for one run's environments.")] = 1,
     results: ResultsOption = Path("results"),
     file: FileOption = None,
 ) -> None:
     """Run a suite.
 
-    Finished runs are kept and not run again; a run that was stopped or killed goes on where it was.
+    Finished runs are not run again; runs that were interrupted resume from their last checkpoint.
     """
     from scpo_bench.suites.cells import cells, get_suite
 
@@ -134,7 +108,7 @@ def run(
     _run(cells(chosen, _names(agents), _names(tasks), seeds), suite, results, jobs, workers)
 
 
-def _run(todo: list[Any], suite: str, results: Path, jobs: int, workers: int = 1) -> None:
+def _run(todo: list[Cell], suite: str, results: Path, jobs: int, workers: int = 1) -> None:
     from scpo_bench.runs.launch import run_cells
     from scpo_bench.runs.processes import sigterm_interrupts
     from scpo_bench.suites.registry import load_agent
@@ -146,34 +120,24 @@ def _run(todo: list[Any], suite: str, results: Path, jobs: int, workers: int = 1
     try:
         outcome = run_cells(todo, suite, results, jobs, console, workers)
     except KeyboardInterrupt:
-        console.print("interrupted; nothing is lost, the same command goes on from here")
+        console.print("interrupted; nothing is lost, run the same command again to resume")
         raise typer.Exit(130) from None
-    console.print(
-        f"{outcome.finished} run, {outcome.skipped} already there, {len(outcome.failed)} failed; records in {results / suite}",
-        highlight=False,
-    )
+    counts = f"{outcome.finished} run, {outcome.skipped} already there"
+    summary = f"{counts}, {len(outcome.failed)} failed; records in {results / suite}"
+    console.print(summary, highlight=False)
     if outcome.failed:
         raise typer.Exit(2 if all(failure.users_mistake for failure in outcome.failed) else 1)
 
 
 @app.command()
 def compare(
-    agents: Annotated[
-        list[str], typer.Argument(help="Agents to compare, by name or module:Class.")
-    ],
-    task: Annotated[str, typer.Option(help="Gymnasium id.")],
-    seeds: Annotated[int, typer.Option(min=1)] = 3,
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Interaction steps per run [default: as in suite quick, or 100000]."
-        ),
-    ] = None,
+    agents: Annotated[list[str], Argument(help="Agents, by name or module:Class.")],
+    task: Annotated[str, Option(help="Gymnasium id.")],
+    seeds: Annotated[int, Option(min=1)] = 3,
+    steps: Annotated[int | None, Option(min=1, help="[default: a suite's, or 100000]")] = None,
     jobs: JobsOption = 1,
     results: ResultsOption = Path("results"),
-    cost_limit: Annotated[
-        float | None, typer.Option(min=0, help="Cost per episode [default: the task's].")
-    ] = None,
+    cost_limit: Annotated[float | None, Option(min=0, help="[default: the task's]")] = None,
     file: FileOption = None,
 ) -> None:
     """Run agents on one task and print the table."""
@@ -189,69 +153,64 @@ def compare(
 
 
 @app.command()
+def show(
+    run: Annotated[Path, Argument(help="A run's folder: results/SUITE/TASK/AGENT/seed-N.")],
+    update: Annotated[int | None, Option(help="One update; 0 is the start policy.")] = None,
+) -> None:
+    """Show the record of a run.
+
+    With --update, what was collected and evaluated, and whether the policy violates its limit.
+    """
+    from scpo_bench.records.show import show
+
+    typer.echo(show(run, update))
+
+
+@app.command()
 def leaderboard(
-    suite: Annotated[str | None, typer.Argument(help="Only this suite.")] = None,
+    suite: Annotated[str | None, Argument(help="Only this suite.")] = None,
     results: ResultsOption = Path("results"),
-    format: Annotated[TableFormat, typer.Option(help="Output format.")] = TableFormat.table,
+    format: Annotated[TableFormat, Option(help="Output format.")] = TableFormat.table,
     file: FileOption = None,
 ) -> None:
-    """The table of all records: feasibility first, then return."""
-    from scpo_bench.errors import UserError
+    """Print the table of all records: feasibility first, then return."""
     from scpo_bench.leaderboard import render, tables
-    from scpo_bench.suites.cells import cells
 
-    suites = _benchmarks(file).suites
-    names = (
-        [suite]
-        if suite
-        else sorted(p.name for p in results.iterdir() if p.is_dir())
-        if results.is_dir()
-        else []
-    )
-    if format is TableFormat.html and suite and (results / suite).is_dir():
-        from scpo_bench.leaderboard.page import render_page
-
-        typer.echo(render_page(results, suite, cells(suites[suite]) if suite in suites else None))
-        return
-    if format is TableFormat.html:
+    benchmarks = _benchmarks(file)
+    found = sorted(p.name for p in results.iterdir() if p.is_dir()) if results.is_dir() else []
+    names = [name for name in found if suite in (None, name)]
+    if format is TableFormat.html and not (suite and names):
         raise UserError("--format html: needs the name of one suite that has records")
-    shown = 0
+    if not names:
+        which = f" of suite {suite!r}" if suite else ""
+        hint = f"`scpo-bench run {suite or 'SUITE'} --results {results}` creates some"
+        raise UserError(f"no records{which} in '{results}'; {hint}")
     for name in names:
-        planned = cells(suites[name]) if name in suites else None
-        if not (results / name).is_dir():
+        planned = _planned(benchmarks, name)
+        if format is TableFormat.html:
+            from scpo_bench.leaderboard.page import render_page
+
+            typer.echo(render_page(results, name, planned))
             continue
         table = tables.leaderboard(tables.load(results, name, planned))
         if format is TableFormat.table:
             render.print_table(table, _console(), title=name)
         else:
             typer.echo(render.render(table, format.value, title=name))
-        shown += 1
-    if not shown:
-        hint = f"`scpo-bench run {suite or 'SUITE'} --results {results}` makes some"
-        raise UserError(
-            f"no records{f' of suite {suite!r}' if suite else ''} in '{results}'; {hint}"
-        )
 
 
 @app.command()
 def plot(
-    suite: Annotated[str, typer.Argument(help="Suite whose records to plot.")],
+    suite: SuiteArgument,
     results: ResultsOption = Path("results"),
     output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", help="Folder for the figures [default: RESULTS/SUITE/plots]."
-        ),
+        Path | None, Option("--output", "-o", help="Folder [default: RESULTS/SUITE/plots].")
     ] = None,
-    format: Annotated[str, typer.Option(help="png, svg or pdf (comma-separated).")] = "png",
+    format: Annotated[str, Option(help="png, svg or pdf (comma-separated).")] = "png",
     file: FileOption = None,
 ) -> None:
-    """Figures per update (objective, worst constraint value, violations), SCPO's certificate, and
-    the performance profile.
-    """
-    from scpo_bench.errors import UserError
+    """Plot a suite: values per update, SCPO's certificate, and the performance profile."""
     from scpo_bench.leaderboard import plots
-    from scpo_bench.suites.cells import cells
 
     formats = tuple(format.split(","))
     for name in formats:
@@ -259,8 +218,7 @@ def plot(
             raise UserError(f"--format: expected png, svg or pdf, got '{name}'")
     if not (results / suite).is_dir():
         raise UserError(f"no records of suite '{suite}' in '{results}'")
-    suites = _benchmarks(file).suites
-    planned = cells(suites[suite]) if suite in suites else None
+    planned = _planned(_benchmarks(file), suite)
     for path in plots.plot_suite(
         results, suite, output or results / suite / "plots", formats, planned
     ):
@@ -269,80 +227,54 @@ def plot(
 
 @app.command()
 def verify(
-    folder: Annotated[
-        Path, typer.Argument(help="A results folder, a run folder or a bundle (.tar.gz).")
-    ],
-    rerun: Annotated[
-        bool,
-        typer.Option("--rerun", help="Run the cells again and compare; runs the agents' code."),
-    ] = False,
-    sample: Annotated[
-        int | None, typer.Option(min=1, help="With --rerun: only this many runs, drawn at random.")
-    ] = None,
+    folder: Annotated[Path, Argument(help="A results folder, a run folder or a .tar.gz bundle.")],
+    rerun: Annotated[bool, Option("--rerun", help="Run again; runs the agents' code.")] = False,
+    sample: Annotated[int | None, Option(min=1, help="Rerun only this many, at random.")] = None,
 ) -> None:
-    """Check records: schema, digests, every aggregate recomputed; with --rerun, whether they can be
-    reproduced.
-    """
+    """Check records: schema, digests, every aggregate; with --rerun, their reproducibility."""
     from scpo_bench.submissions import verify as verification
 
     report = verification.verify(folder)
     typer.echo(str(report))
     if not report.ok:
         raise typer.Exit(1)
-    if rerun:
-        from scpo_bench.submissions.reproduce import reproduce
+    if not rerun:
+        return
+    from scpo_bench.submissions.reproduce import reproduce
 
-        differing = 0
-        for run_folder, differences in reproduce(folder, sample):
-            differing += bool(differences)
-            typer.echo(
-                f"{run_folder}: "
-                + ("; ".join(differences[:3]) if differences else "reproduced exactly")
-            )
-        typer.echo(
-            "tier: "
-            + ("reproduced-exact" if not differing else f"consistent ({differing} runs differ)")
-        )
-        if differing:
-            raise typer.Exit(1)
+    differing = 0
+    for run_folder, differences in reproduce(folder, sample):
+        differing += bool(differences)
+        typer.echo(f"{run_folder}: {'; '.join(differences[:3]) or 'reproduced exactly'}")
+    tier = f"consistent ({differing} runs differ)" if differing else "reproduced-exact"
+    typer.echo(f"tier: {tier}")
+    if differing:
+        raise typer.Exit(1)
 
 
 @app.command()
 def bundle(
-    suite: Annotated[str, typer.Argument(help="Suite whose records to pack.")],
+    suite: SuiteArgument,
     output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="A .tar.gz or a new folder [default: SUITE.tar.gz]."),
+        Path | None, Option("--output", "-o", help=".tar.gz or folder [default: SUITE.tar.gz].")
     ] = None,
     results: ResultsOption = Path("results"),
     file: FileOption = None,
 ) -> None:
-    """Pack a suite's records for submission: records, configuration, provenance; no code, no
-    pickles.
-    """
+    """Pack a suite's records for submission: no code, no pickles."""
     from scpo_bench.submissions import bundle as packing
-    from scpo_bench.suites.cells import cells
 
-    suites = _benchmarks(file).suites
-    planned = cells(suites[suite]) if suite in suites else []
+    planned = _planned(_benchmarks(file), suite) or []
     typer.echo(packing.bundle(results, suite, output or Path(f"{suite}.tar.gz"), planned))
 
 
 @app.command()
 def check(
-    agent: Annotated[
-        str, typer.Argument(help="module:Class, path/file.py:Class or a registered name.")
-    ],
-    config: Annotated[
-        str, typer.Option(help='Fields of its configuration, as JSON: {"n_steps": 100}.')
-    ] = "{}",
-    steps: Annotated[
-        int, typer.Option(min=100, help="Interaction steps to learn in, at most.")
-    ] = 100_000,
+    agent: Annotated[str, Argument(help="module:Class, path/file.py:Class or a registered name.")],
+    config: Annotated[str, Option(help='Its configuration, as JSON: {"n_steps": 100}.')] = "{}",
+    steps: Annotated[int, Option(min=100, help="Interaction steps, at most.")] = 100_000,
 ) -> None:
-    """Conformance test: spaces, step budget, learning, determinism, going on after a stop, save and
-    load.
-    """
+    """Test an agent: spaces, step budget, learning, determinism, resuming, saving and loading."""
     import shutil
     import tempfile
 
@@ -352,15 +284,14 @@ def check(
 
     fields = _json_object("--config", config)
     folder = Path(tempfile.mkdtemp(prefix="scpo-bench-check-"))
-    terminal = Console(stderr=True)
+    status = Console(stderr=True).status("starting")
+
+    def report(doing: str, taken: int, updates: int) -> None:
+        status.update(f"{doing}: {taken:,} steps, {updates} updates")
+
     failed = 0
     try:
-        status = terminal.status("starting")
-
-        def show(doing: str, taken: int, updates: int) -> None:
-            status.update(f"{doing}: {taken:,} steps, {updates} updates")
-
-        remaining = findings(agent, fields, steps, folder, show)
+        remaining = findings(agent, fields, steps, folder, report)
         while True:
             with status:  # not while a line is printed: the two may share a terminal
                 found = next(remaining, None)
@@ -369,47 +300,35 @@ def check(
             failed += found.ok is False
             word = "ok    " if found.ok else "FAILED" if found.ok is False else "?     "
             typer.echo(f"{word} {found.name}: {found.detail}")
-        typer.echo(
-            f"{agent}: {'conforms' if not failed else f'{failed} failed; records in {folder}'}"
-        )
+        summary = f"{failed} failed; records in {folder}" if failed else "conforms"
+        typer.echo(f"{agent}: {summary}")
     finally:
-        if not failed:  # else they, and their tracebacks, are what to look at next
+        if not failed:  # else the records and tracebacks say why
             shutil.rmtree(folder, ignore_errors=True)
     if failed:
         raise typer.Exit(1)
 
 
 def _json_object(option: str, text: str) -> dict[str, Any]:
+    import contextlib
     import json
 
-    from scpo_bench.errors import UserError
-
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise UserError(
-            f"{option}: expected a JSON object such as '{{\"n_steps\": 100}}', got '{text[:40]}'"
-        )
-    return value
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(value := json.loads(text), dict):
+            return value
+    expected = "expected a JSON object such as '{\"n_steps\": 100}'"
+    raise UserError(f"{option}: {expected}, got '{text[:40]}'")
 
 
 @app.command()
 def falsify(
     task: Annotated[
-        str, typer.Option(help="known-smoothness, or a labelled task of pure-function dynamics.")
+        str, Option(help="known-smoothness, or a labelled task of pure-function dynamics.")
     ] = "known-smoothness",
-    seeds: Annotated[int, typer.Option(min=1)] = 3,
-    updates: Annotated[
-        int, typer.Option(min=1, help="Updates per seed whose policies are examined.")
-    ] = 40,
-    output: Annotated[
-        Path, typer.Option(help="Folder for the figure and the counterexample.")
-    ] = Path("falsify"),
-    replay: Annotated[
-        Path | None, typer.Option(help="A counterexample file: compute it again, and nothing else.")
-    ] = None,
+    seeds: Annotated[int, Option(min=1)] = 3,
+    updates: Annotated[int, Option(min=1, help="Updates examined per seed.")] = 40,
+    output: Annotated[Path, Option(help="Folder for figure and counterexample.")] = Path("falsify"),
+    replay: Annotated[Path | None, Option(help="Only repeat this counterexample file.")] = None,
 ) -> None:
     """Search for certified SCPO updates that exceed their bound.
 
@@ -420,52 +339,37 @@ def falsify(
     from scpo_bench.checks import counterexample
     from scpo_bench.checks import falsify as search
     from scpo_bench.checks.falsify_figure import draw
+    from scpo_bench.records.files import file_name
 
     if replay is not None:
         found = counterexample.load(replay)
         bound, realised = search.replay(found)
-        for name, a, b in zip(
-            ("bound", "realised"), (found.bound, found.realised), (bound, realised)
-        ):
-            typer.echo(
-                f"{name:9} then {' '.join(f'{v:.6g}' for v in a)}   now {' '.join(f'{v:.6g}' for v in b)}"
-            )
+        typer.echo(f"bound     then {_numbers(found.bound)}   now {_numbers(bound)}")
+        typer.echo(f"realised  then {_numbers(found.realised)}   now {_numbers(realised)}")
         breached = bool((realised > bound).any())
         typer.echo("it breaches" if breached else "it does not breach")
         raise typer.Exit(0 if breached else 1)
     with Progress(transient=True, disable=not sys.stderr.isatty()) as bar:
         line = bar.add_task("")
-        report = search.falsify(
-            task,
-            seeds,
-            updates,
-            lambda what, done, of: bar.update(line, description=what, completed=done, total=of),
-        )
-    typer.echo(f"{'factor on L':>12}  {'breaches':>8} of {'steps':>6}")
-    for factor, (breaches, steps) in report.by_factor().items():
-        typer.echo(
-            f"{factor:12g}  {breaches:8} of {steps:6}  {100 * breaches / max(steps, 1):5.1f} %"
-        )
-    for rule, (breaches, of) in report.rules.items():
-        typer.echo(
-            f"the agent, certified mode, {rule} L: {breaches} breaches in {of} updates, {100 * breaches / max(of, 1):.1f} %"
-        )
-    name = "".join(c if c.isalnum() or c in "-_." else "." for c in task)
-    draw(report, output / f"{name}.png")
-    typer.echo(f"figure: {output / f'{name}.png'}")
+
+        def progress(what: str, done: int, of: int) -> None:
+            bar.update(line, description=what, completed=done, total=of)
+
+        report = search.falsify(task, seeds, updates, progress)
+    stem = str(output / file_name(task))
+    draw(report, Path(f"{stem}.png"))
+    typer.echo(f"figure: {stem}.png")
     if report.counterexample is not None:
-        path = output / f"{name}.json"
-        counterexample.save(report.counterexample, path)
-        found = report.counterexample
-        typer.echo(
-            f"smallest counterexample: |step| {found.step_norm:.3g}, exceeds its bound by {found.excess:.3g}, factor "
-            f"{found.setting.factor:g}; repeat it with --replay {path}"
-        )
+        counterexample.save(report.counterexample, Path(f"{stem}.json"))
+        typer.echo(f"counterexample: {stem}.json, which --replay repeats")
+    for text in search.report_lines(report):
+        typer.echo(text)
     if report.falsified:
-        typer.echo("FALSIFIED: a breach although L is known and not understated")
         raise typer.Exit(1)
-    if report.known:
-        typer.echo("no breach with a valid L")
+
+
+def _numbers(values: Iterable[float]) -> str:
+    return " ".join(f"{value:.6g}" for value in values)
 
 
 @app.command()
@@ -476,30 +380,19 @@ def doctor() -> None:
     from scpo_bench.runs.provenance import describe_environment
 
     rows = describe_environment()
-    table = Table(box=None, pad_edge=False, show_header=False)
-    for what, found, hint in rows:
-        table.add_row(what, found, f"[yellow]{hint}[/yellow]" if hint else "[green]ok[/green]")
-    _console().print(table)
+    colours = [f"[yellow]{hint}[/yellow]" if hint else "[green]ok[/green]" for *_, hint in rows]
+    _print_table(("", "", ""), [(*row[:2], last) for row, last in zip(rows, colours)])
     if any(hint for _, _, hint in rows):
         raise typer.Exit(1)
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one line on stderr and exit status 2."""
+    """Run a command; a user's mistake is one line on stderr and exit status 2."""
     try:
         app()
-    except (ValueError, KeyError, OSError) as error:
-        if not _is_users(error):
-            raise
+    except UserError as error:
         typer.echo(f"scpo-bench: {error}", err=True)
         sys.exit(2)
-
-
-def _is_users(error: Exception) -> bool:
-    from scpo_bench.errors import UserError
-    from scpo_bench.records.files import RecordError
-
-    return isinstance(error, UserError | UserError | UserError | RecordError | UserError)
 
 
 if __name__ == "__main__":

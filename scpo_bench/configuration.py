@@ -1,7 +1,8 @@
-"""Turning keyword arguments into an agent's frozen configuration, with errors a user can act on."""
+"""An agent's frozen configuration from keyword arguments, with errors that a user can act on."""
 
 from __future__ import annotations
 
+import operator
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -11,9 +12,9 @@ C = TypeVar("C")
 
 
 def resolve_config(config_class: type[C], values: dict[str, Any]) -> C:
-    """``config_class(**values)``; lists (from YAML or JSON) become tuples.
+    """``config_class(**values)``, with lists (from YAML or JSON) turned into tuples.
 
-    Raises UserError naming the field and the nearest valid choice when a key is unknown.
+    A UserError for an unknown field names the nearest valid one.
     """
     known = [f.name for f in fields(config_class)]  # type: ignore[arg-type]
     for key in values:
@@ -29,32 +30,30 @@ def require(
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
-):
-    """Raise UserError unless ``low <= config.name <= high`` and ``config.name > above`` (NaN never
-    passes).
+) -> None:
+    """Raise UserError unless ``low <= config.name <= high`` and ``config.name > above``.
+
+    NaN never passes.
     """
     value = getattr(config, name)
+    place = f"{type(config).__name__}.{name}"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UserError(f"{type(config).__name__}.{name}: expected a number, got {value!r}")
-    bounds = [
-        ("at least", low, low is None or value >= low),
-        ("above", above, above is None or value > above),
-        ("at most", high, high is None or value <= high),
-    ]
-    for words, bound, holds in bounds:
-        if not holds:
-            raise UserError(
-                f"{type(config).__name__}.{name}: must be {words} {bound}, got {value!r}"
-            )
+        raise UserError(f"{place}: expected a number, got {value!r}")
+    for words, bound, holds in (
+        ("at least", low, operator.ge),
+        ("above", above, operator.gt),
+        ("at most", high, operator.le),
+    ):
+        if bound is not None and not holds(value, bound):
+            raise UserError(f"{place}: must be {words} {bound}, got {value!r}")
 
 
 def require_choice(config: Any, name: str, choices: tuple[str, ...], value: Any = None) -> None:
-    """Raise UserError, naming the nearest choice, unless ``config.name`` (or ``value``, an element
-    of it) is one of ``choices``.
+    """Raise UserError unless ``config.name`` is one of ``choices``.
+
+    value: to be checked in its place, where the field is a collection.
     """
     value = getattr(config, name) if value is None else value
     if value not in choices:
-        raise UserError(
-            f"{type(config).__name__}.{name}: expected one of {', '.join(choices)}, got {value!r}"
-            f"{nearest(str(value), choices)}"
-        )
+        place, hint = f"{type(config).__name__}.{name}", nearest(str(value), choices)
+        raise UserError(f"{place}: expected one of {', '.join(choices)}, got {value!r}{hint}")

@@ -1,10 +1,11 @@
-"""What a user gets to see of a mistake of theirs: one line, naming the nearest valid choice."""
+"""How a user's mistake is reported: one line with the place, the problem and the nearest choice."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -12,20 +13,41 @@ if TYPE_CHECKING:
 MAX_MESSAGE = 600
 
 
-class UserError(ValueError):
-    """A mistake in what the user wrote or asked for: field, expectation, what came, nearest choice.
+def printable(text: object, limit: int = MAX_MESSAGE) -> str:
+    """``text`` on one line without control characters, shortened to ``limit`` characters.
 
+    Text from someone else's file must not steer a terminal or break a row of a table.
+    """
+    full = str(text)
+    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in full[:limit])
+    return shown + "..." * (len(full) > limit)
+
+
+class UserError(ValueError):
+    """A mistake in what the user wrote or asked for.
+
+    The message names the field, what was expected, what was given and the nearest valid choice.
     The command line prints it as one line and exits with status 2.
     """
 
     def __init__(self, message: str) -> None:
-        # Names in it may come from a stranger's file: the message stays one printable line.
-        line = "".join(c if c.isprintable() else " " for c in message)
-        super().__init__(line if len(line) <= MAX_MESSAGE else f"{line[:MAX_MESSAGE]} ...")
+        super().__init__(printable(" ".join(message.split())))
+
+
+@contextmanager
+def at(place: object) -> Iterator[None]:
+    """Turn a ValueError raised inside into a UserError whose message starts with ``place``."""
+    try:
+        yield
+    except ValueError as error:
+        from pydantic import ValidationError
+
+        problem = first_problem(error) if isinstance(error, ValidationError) else error
+        raise UserError(f"{place}: {problem}") from None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint to append to a message: "; did you mean 'x'?", or the choices where they are few."""
+    """A hint to append to a message: "; did you mean 'x'?", or the choices if there are few."""
     choices = list(known)
     near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
     if near:
@@ -33,8 +55,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; known: {', '.join(choices)}" if 0 < len(choices) <= 12 else ""
 
 
-def first_problem(error: ValidationError) -> tuple[tuple[int | str, ...], str, Any]:
-    """The first of pydantic's findings: (place, what was expected, what came, shortened)."""
+def first_problem(error: ValidationError) -> str:
+    """The first problem that pydantic found: "suites.core.tasks[0].steps: message, got X"."""
     problem = error.errors(include_url=False)[0]
-    came = repr(problem.get("input"))
-    return problem["loc"], problem["msg"], came if len(came) <= 80 else f"{came[:80]}..."
+    place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in problem["loc"])
+    message = f"{place.removeprefix('.') or 'file'}: {problem['msg']}"
+    # The message names what is missing or unknown; the input is the whole mapping around it.
+    if problem["type"] in ("missing", "unknown"):
+        return message
+    try:
+        given = repr(problem["input"])
+    except (ValueError, RecursionError):  # integers of thousands of digits
+        given = f"{type(problem['input']).__name__} of many digits or levels"
+    return f"{message}, got {given if len(given) <= 80 else f'{given[:80]}...'}"

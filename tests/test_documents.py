@@ -1,4 +1,4 @@
-"""What the documents say is so: the committed table, the example agent, the commands."""
+"""The documents agree with the program: committed tables, the example agent, commands."""
 
 from __future__ import annotations
 
@@ -21,10 +21,7 @@ ROOT = Path(__file__).parent.parent
     ("file", "suite"), [("README.md", "paper"), ("docs/scpo_rl.md", "scpo-rl")]
 )
 def test_committed_leaderboards_are_what_the_records_give(file, suite):
-    """Nobody edits a table by hand:
-
-    `make leaderboard` gives this text, and these records are consistent.
-    """
+    """No table is edited by hand: `make leaderboard` gives this text from consistent records."""
     assert current((ROOT / file).read_text(encoding="utf-8"), suite) == generated(
         ROOT / "results", suite
     )
@@ -33,59 +30,36 @@ def test_committed_leaderboards_are_what_the_records_give(file, suite):
 
 
 def test_example_agent_of_contributing_runs(tmp_path):
-    """The agent that CONTRIBUTING.md shows is complete: saved to a file, it runs through the
-    harness. Under 60 lines.
-    """
+    """The agent in CONTRIBUTING.md is complete and short: saved to a file, it runs and conforms."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    program = next(
-        block
-        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-        if "PricedPPO" in block
-    )
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    program = next(block for block in blocks if "PricedPPO" in block)
     assert len(program.splitlines()) < 60
     (tmp_path / "my_agent.py").write_text(program)
-    command = [sys.executable, "-m", "scpo_bench.cli", "compare", "my_agent.py:PricedPPO"]
-    command += [
-        "--task",
-        "scpo_bench/HarmfulRegression-v0",
-        "--seeds",
-        "1",
-        "--steps",
-        "4096",
-        "--results",
-        str(tmp_path / "r"),
-    ]
-    result = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "1 run, 0 already there, 0 failed" in result.stdout
-    command = [
-        sys.executable,
-        "-m",
-        "scpo_bench.cli",
-        "check",
-        "my_agent.py:PricedPPO",
-        "--config",
-        '{"n_steps": 100}',
-    ]
-    result = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    task = ["--task", "scpo_bench/HarmfulRegression-v0", "--seeds", "1", "--steps", "4096"]
+    for arguments, expected in (
+        (["compare", "my_agent.py:PricedPPO", *task], "1 run, 0 already there, 0 failed"),
+        (["check", "my_agent.py:PricedPPO", "--config", '{"n_steps": 100}'], "conforms"),
+    ):
+        result = subprocess.run(
+            [sys.executable, "-m", "scpo_bench.cli", *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert expected in result.stdout
 
 
 def test_every_command_of_the_readme_exists():
-    """A command or option that the README shows and the program does not know would be found out
-    here.
-    """
+    """Commands and options that README.md shows are known to the program."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     shown = re.findall(r"^scpo-bench (\w+)(.*?)(?:#.*)?$", text, re.MULTILINE)
     assert len(shown) > 8
     for command, rest in shown:
-        usage = CliRunner().invoke(
-            app, [command, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
-        )
+        usage = CliRunner().invoke(app, [command, "--help"])
         assert usage.exit_code == 0, command
         for option in re.findall(r"--[a-z-]+", rest):
             assert option in usage.output, f"{command} {option}"

@@ -289,3 +289,20 @@ def replay(found: Counterexample) -> tuple[Floats, Floats]:
         )
     step = found.repeat(evaluate, np.array(found.proposal))
     return step.bound, step.realised
+
+
+def report_lines(report: Report) -> Iterator[str]:
+    """The counts of a report, and its verdict where L is known."""
+    yield f"{'factor on L':>12}  {'breaches':>8} of {'steps':>6}"
+    for factor, (breaches, steps) in report.by_factor().items():
+        yield f"{factor:12g}  {breaches:8} of {steps:6}  {100 * breaches / max(steps, 1):5.1f} %"
+    for rule, (breaches, of) in report.rules.items():
+        share = f"{100 * breaches / max(of, 1):.1f} %"
+        yield f"the agent, certified mode, {rule} L: {breaches} breaches in {of} updates, {share}"
+    if found := report.counterexample:
+        excess = f"exceeds its bound by {found.excess:.3g}, factor {found.setting.factor:g}"
+        yield f"smallest counterexample: |step| {found.step_norm:.3g}, {excess}"
+    if report.falsified:
+        yield "FALSIFIED: a breach although L is known and not understated"
+    elif report.known:
+        yield "no breach with a valid L"

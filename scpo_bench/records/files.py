@@ -11,13 +11,14 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from scpo_bench.errors import UserError
+from scpo_bench.errors import UserError, first_problem
 from scpo_bench.records.schema import Run, Update, canonical
 
 # Bounds on untrusted input: far above what a real run writes.
@@ -34,6 +35,11 @@ class RecordError(UserError):
 
     The message names the file, the line and the field.
     """
+
+
+def file_name(name: str) -> str:
+    """``name`` as one part of a path: separators and other special characters become dots."""
+    return "".join(c if c.isalnum() or c in "-_." else "." for c in name).strip(".")
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -58,7 +64,7 @@ def write_run(folder: Path, run: Run) -> None:
 
 @dataclass(frozen=True)
 class LogMark:
-    """A place in updates.jsonl: how many bytes stand before it, and their SHA-256."""
+    """A place in updates.jsonl: the number of bytes before it, and their SHA-256."""
 
     bytes: int
     sha256: str
@@ -67,8 +73,8 @@ class LogMark:
 class UpdateLog:
     """Appends updates to updates.jsonl, each at once, and compresses the file at the end.
 
-    mark: go on from there, dropping what stands behind it. RecordError if the file is not what it
-    was at the mark.
+    mark: resume from there and drop the lines after it. RecordError if the lines before it have
+    changed.
     """
 
     def __init__(self, folder: Path, mark: LogMark | None = None) -> None:
@@ -76,21 +82,20 @@ class UpdateLog:
         kept = b"" if mark is None else _stored_lines(folder)[: mark.bytes]
         self._sha256 = hashlib.sha256(kept)
         self._bytes = len(kept)
-        if mark is not None and self.place() != mark:
-            raise RecordError(
-                f"{folder / UPDATES_FILE}: is not what it was when the checkpoint was written"
-            )
+        path = folder / UPDATES_FILE
         if mark is not None:
-            write_atomically(folder / UPDATES_FILE, kept)
+            if self.place() != mark:
+                raise RecordError(f"{path}: is not what it was when the checkpoint was written")
+            write_atomically(path, kept)
         (folder / COMPRESSED_UPDATES_FILE).unlink(missing_ok=True)
-        # Unbuffered: what is written is written, and on a full disk nothing is left for close() to
-        # fail on.
-        self._file = open(folder / UPDATES_FILE, "ab" if mark else "wb", buffering=0)
+        # Unbuffered: every line is in the file at once, and close() has nothing left to write that
+        # could fail on a full disk.
+        self._file = open(path, "ab" if mark else "wb", buffering=0)  # noqa: SIM115 (close())
 
     def append(self, update: Update) -> None:
         line = canonical(update.model_dump(mode="json")) + b"\n"
         left = line
-        while left:  # a disk that is nearly full takes a part, and says so at the next try
+        while left:  # a disk that is nearly full takes a part, and fails on the next write
             left = left[self._file.write(left) :]
         self._sha256.update(line)
         self._bytes += len(line)
@@ -99,7 +104,7 @@ class UpdateLog:
         return LogMark(self._bytes, self._sha256.hexdigest())
 
     def mark(self) -> LogMark:
-        """The end of the log, as a place that is on the disk even if the power fails now."""
+        """The end of the log, once everything before it is on the disk."""
         os.fsync(self._file.fileno())
         return self.place()
 
@@ -117,18 +122,24 @@ class UpdateLog:
         path.unlink()
 
 
+def updates_file(folder: Path) -> Path:
+    """The updates file of a run folder, compressed if it is there in that form."""
+    compressed = folder / COMPRESSED_UPDATES_FILE
+    return compressed if compressed.exists() else folder / UPDATES_FILE
+
+
 def _stored_lines(folder: Path) -> bytes:
-    """The updates file as it is, whichever form it has; empty if there is none."""
+    """The content of the updates file; empty if there is none."""
+    path = updates_file(folder)
     try:
-        if (folder / COMPRESSED_UPDATES_FILE).exists():
-            return gzip.decompress((folder / COMPRESSED_UPDATES_FILE).read_bytes())
-        return (folder / UPDATES_FILE).read_bytes()
-    except (OSError, EOFError, gzip.zlib.error):  # type: ignore[attr-defined]
+        content = path.read_bytes()
+        return gzip.decompress(content) if path.name == COMPRESSED_UPDATES_FILE else content
+    except (OSError, EOFError, zlib.error):
         return b""
 
 
 def read_run(folder: Path) -> Run:
-    """run.json of a run folder. RecordError names what is wrong."""
+    """run.json of a run folder. A RecordError names what is wrong."""
     path = folder / RUN_FILE
     try:
         if path.stat().st_size > MAX_LINE_BYTES:
@@ -142,32 +153,21 @@ def read_run(folder: Path) -> Run:
         raise RecordError(f"{path}: {first_problem(error)}") from None
 
 
-def first_problem(error: ValidationError) -> str:
-    """The first of pydantic's findings, in one line: field, expectation, what came."""
-    problem = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in problem["loc"]) or "file"
-    came = repr(problem.get("input"))
-    return f"{where}: {problem['msg']}, got {came[:80] + '...' if len(came) > 80 else came}"
-
-
 def _lines(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """(place, line) of the updates file, whichever form it has."""
-    compressed = folder / COMPRESSED_UPDATES_FILE
-    path = compressed if compressed.exists() else folder / UPDATES_FILE
+    """(place, line) of the updates file."""
+    path = updates_file(folder)
     total = 0
     try:
-        with gzip.open(path, "rb") if path == compressed else open(path, "rb") as file:
+        with gzip.open(path) if path.name == COMPRESSED_UPDATES_FILE else open(path, "rb") as file:
             number = 0
             while line := file.readline(MAX_LINE_BYTES + 1):
                 number, total = number + 1, total + len(line)
                 if len(line) > MAX_LINE_BYTES or number > MAX_UPDATES or total > MAX_FILE_BYTES:
-                    raise RecordError(
-                        f"{path}: line {number}: larger than any record; not read further"
-                    )
+                    raise RecordError(f"{path}: line {number}: more than a record can hold")
                 yield f"{path}: line {number}", line
     except FileNotFoundError:
         raise RecordError(f"{path}: not found") from None
-    except (OSError, EOFError, gzip.zlib.error) as error:  # type: ignore[attr-defined]
+    except (OSError, EOFError, zlib.error) as error:
         raise RecordError(f"{path}: cannot be read ({error})") from None
 
 
@@ -191,7 +191,10 @@ def read_updates(folder: Path) -> list[Update]:
 
 
 def run_folders(root: Path) -> list[Path]:
-    """Every folder below ``root`` that holds a run.json, sorted; links are not followed."""
+    """Every folder below ``root`` that holds a run.json, sorted.
+
+    Links are not followed, and runs that were set aside ("seed-0~KEY") are left out.
+    """
     if not root.is_dir():
         return []
     found = [Path(here) for here, _, files in os.walk(root, followlinks=False) if RUN_FILE in files]

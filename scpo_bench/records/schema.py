@@ -92,9 +92,7 @@ class Update(_Strict):
     iterate_objective: float | None = None
     """... mean of info["objective_loss"], where the task has an objective (lower is better) ..."""
     iterate_violates: bool | None = None
-    """... and whether that exceeds the limit (limit 0: any constraint value > 0, or any cost where
-    there are none).
-    """
+    """... and whether that violates the limit, by :func:`violates`."""
     probe_violations: int = Field(0, ge=0)
     """Candidate policies that violated while being evaluated, cumulative."""
     diagnostics: dict[str, float | None] = {}

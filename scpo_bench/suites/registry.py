@@ -1,20 +1,21 @@
-"""What can be named on the command line: agents and tasks.
+"""The names of agents and tasks.
 
-Light to import: it knows import paths, not the imports.
-
-An agent is an SB3 ``BaseAlgorithm`` or anything with that surface. Named by its registry name, an
-entry point of the group ``scpo_bench.agents``, ``module:Class``, or ``path/to/file.py:Class``.
+An agent is an SB3 ``BaseAlgorithm`` or has the same interface (``contract.Agent``). Its name is
+one of those below, an entry point of the group ``scpo_bench.agents``, ``module:Class`` or
+``path/to/file.py:Class``. Nothing is imported before :func:`load_agent` is called.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import importlib.util
 import sys
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from scpo_bench.errors import UserError, nearest
@@ -24,120 +25,83 @@ CUSTOM_PREFIX = "scpo_bench/"
 
 @dataclass(frozen=True)
 class AgentSpec:
-    """name: as on the command line. entry: module:Class. needs_labels: works only where
-    ``info["expert_action"]`` is given.
-
-    needs_batched: works only on tasks whose dynamics are pure functions.
-    """
+    """What is known of an agent without importing it."""
 
     name: str
+    """As on the command line."""
     entry: str
+    """module:Class."""
     summary: str
     needs_labels: bool = False
+    """Works only where ``info["expert_action"]`` is given."""
     needs_batched: bool = False
+    """Works only on tasks whose dynamics are pure functions."""
 
 
-_AGENTS = {
-    spec.name: spec
-    for spec in (
-        AgentSpec(
-            "scpo",
-            "scpo_bench.scpo.agent:SCPO",
-            "safe by certificate: every update projected",
-            True,
-            True,
-        ),
-        AgentSpec(
-            "scpo-ppo",
-            "scpo_bench.scpo.wrap:ProjectedPPO",
-            "SCPO with PPO's changes as proposals: any task with costs",
-        ),
-        AgentSpec(
-            "sgd",
-            "scpo_bench.scpo.gradient_descent:GradientDescent",
-            "SCPO's proposals, unprojected",
-            True,
-        ),
-        AgentSpec("ppo", "stable_baselines3:PPO", "unconstrained reference (Stable-Baselines3)"),
-        AgentSpec(
-            "ppo-lagrangian",
-            "scpo_bench.baselines.ppo_lagrangian:PPOLagrangian",
-            "PPO with learned multipliers",
-        ),
-        AgentSpec(
-            "cpo",
-            "scpo_bench.baselines.cpo:CPO",
-            "constrained policy optimisation (trust region, exact dual)",
-        ),
-        AgentSpec(
-            "cvpo",
-            "scpo_bench.baselines.cvpo:CVPO",
-            "constrained variational policy optimisation (off-policy EM)",
-        ),
-    )
-}
-
-
-@dataclass(frozen=True)
-class TaskSpec:
-    """id: Gymnasium id. cost_limit: per episode; 0 where any violated constraint value counts.
-    batched: pure-function dynamics.
-    """
-
-    id: str
-    family: str
-    cost_limit: float
-    horizon: int
-    summary: str
-    batched: bool = False
-    labelled: bool = False
-
-
-_CUSTOM_TASKS = (
-    TaskSpec(
-        "scpo_bench/DoubleIntegratorImitation-v0",
-        "custom",
-        0.0,
-        30,
-        "imitate a malicious expert within bounds",
-        True,
-        True,
+_AGENTS = (
+    AgentSpec(
+        "scpo", "scpo_bench.scpo.agent:SCPO", "safe by certificate: projected updates", True, True
     ),
-    TaskSpec(
-        "scpo_bench/DoubleIntegratorRegulation-v0",
-        "custom",
-        0.0,
-        40,
-        "regulate to a set-point within bounds",
-        True,
+    AgentSpec(
+        "scpo-ppo", "scpo_bench.scpo.wrap:ProjectedPPO", "PPO with projected updates: any task"
     ),
-    TaskSpec(
-        "scpo_bench/HarmfulRegression-v0",
-        "custom",
-        0.0,
-        10,
-        "fit labels of which a part is harmful",
-        True,
-        True,
+    AgentSpec(
+        "sgd", "scpo_bench.scpo.gradient_descent:GradientDescent", "SCPO without projection", True
+    ),
+    AgentSpec("ppo", "stable_baselines3:PPO", "unconstrained reference (Stable-Baselines3)"),
+    AgentSpec(
+        "ppo-lagrangian", "scpo_bench.baselines.ppo_lagrangian:PPOLagrangian", "learned multipliers"
+    ),
+    AgentSpec(
+        "cpo", "scpo_bench.baselines.cpo:CPO", "constrained policy optimisation (exact dual)"
+    ),
+    AgentSpec(
+        "cvpo", "scpo_bench.baselines.cvpo:CVPO", "constrained variational policy optimisation"
     ),
 )
 
 
+@dataclass(frozen=True)
+class TaskSpec:
+    """What is known of a task without importing its environment."""
+
+    id: str
+    """Gymnasium id."""
+    family: str
+    cost_limit: float
+    """Per episode; 0: any violated constraint value counts."""
+    horizon: int
+    summary: str
+    batched: bool = False
+    """Its dynamics are pure functions."""
+    labelled: bool = False
+    """Steps give ``info["expert_action"]``."""
+
+
+_CUSTOM_TASKS = tuple(
+    TaskSpec(f"{CUSTOM_PREFIX}{name}-v0", "custom", 0.0, horizon, summary, True, labelled)
+    for name, horizon, labelled, summary in (
+        ("DoubleIntegratorImitation", 30, True, "imitate a malicious expert within bounds"),
+        ("DoubleIntegratorRegulation", 40, False, "regulate to a set-point within bounds"),
+        ("HarmfulRegression", 10, True, "fit labels of which a part is harmful"),
+    )
+)
+
+
+@functools.cache
 def agents() -> dict[str, AgentSpec]:
-    """The registered agents: ours, then those of installed packages (entry-point group
-    ``scpo_bench.agents``).
+    """The registered agents by name: ours, then those of installed packages.
+
+    A package registers an agent by an entry point of the group ``scpo_bench.agents``.
     """
-    found = dict(_AGENTS)
+    found = {spec.name: spec for spec in _AGENTS}
     for point in entry_points(group="scpo_bench.agents"):
         found.setdefault(point.name, AgentSpec(point.name, point.value, f"from {point.value}"))
     return found
 
 
 def agent_spec(name: str) -> AgentSpec:
-    """The spec of a registered name, or of ``module:Class`` / ``file.py:Class``.
-
-    UserError if it is neither.
-    """
+    """The spec of a registered name, or of ``module:Class`` or ``file.py:Class``."""
     known = agents()
     if name in known:
         return known[name]
@@ -145,47 +109,44 @@ def agent_spec(name: str) -> AgentSpec:
         return AgentSpec(name, name, "third party")
     if name.endswith(".py"):
         raise UserError(f"agent '{name}': which class in it? expected {name}:Class")
-    raise UserError(f"unknown agent '{name}'{nearest(name, list(known))}")
+    raise UserError(f"unknown agent '{name}'{nearest(name, known)}")
 
 
 def load_agent(name: str) -> type[Any]:
-    """The agent's class.
-
-    Runs its module's code: the user asked for it by name. UserError if it cannot be found.
-    """
+    """The agent's class (see ``contract.Agent``). Runs its module's code, which the user named."""
     entry = agent_spec(name).entry
     module_name, _, class_name = entry.rpartition(":")
     try:
-        if module_name.endswith(".py"):
-            path = Path(module_name).resolve()
-            spec = importlib.util.spec_from_file_location(f"scpo_bench_agent_{path.stem}", path)
-            if spec is None or spec.loader is None or not path.is_file():
-                raise UserError(f"agent '{name}': no file {module_name}")
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[spec.name] = module  # pickling an agent needs to find its class again
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(module_name)
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:  # whatever its module does when it is imported
-        what = (
-            f"{type(error).__name__}: {error}" if not isinstance(error, ImportError) else str(error)
-        )
-        raise UserError(
-            f"agent '{name}': cannot import '{module_name}' ({' '.join(what.split())})"
-        ) from None
+        module = _import(module_name)
+    except (Exception, SystemExit) as error:  # whatever the module does when it is imported
+        kind = "" if isinstance(error, ImportError | UserError) else f"{type(error).__name__}: "
+        problem = f"cannot import '{module_name}' ({kind}{error})"
+        raise UserError(f"agent '{name}': {problem}") from None
     found = getattr(module, class_name, None)
     if not isinstance(found, type):
         classes = [key for key, value in vars(module).items() if isinstance(value, type)]
-        raise UserError(
-            f"agent '{name}': no class '{class_name}' in {module_name}{nearest(class_name, classes)}"
-        )
+        problem = f"no class '{class_name}' in {module_name}{nearest(class_name, classes)}"
+        raise UserError(f"agent '{name}': {problem}")
     return found
 
 
+def _import(name: str) -> ModuleType:
+    """The module ``name``, which may be the path of a file."""
+    if not name.endswith(".py"):
+        return importlib.import_module(name)
+    path = Path(name).resolve()
+    spec = importlib.util.spec_from_file_location(f"scpo_bench_agent_{path.stem}", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise UserError(f"no file {name}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # for unpickling its agents
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
 def tasks() -> dict[str, TaskSpec]:
-    """Every task this package knows: the custom ones and the Safety-Gymnasium ids."""
+    """Every task of this package by id: the custom ones and Safety-Gymnasium's."""
     from scpo_bench.envs.safety_gymnasium.tasks import TASKS
 
     found = {spec.id: spec for spec in _CUSTOM_TASKS}
@@ -195,10 +156,7 @@ def tasks() -> dict[str, TaskSpec]:
 
 
 def task_spec(task_id: str) -> TaskSpec | None:
-    """The spec of a known task, or None for another Gymnasium id.
-
-    UserError if Gymnasium does not know it either.
-    """
+    """The spec of a task of this package; None for another id that Gymnasium knows, or may."""
     known = tasks()
     if task_id in known:
         return known[task_id]
@@ -206,10 +164,8 @@ def task_spec(task_id: str) -> TaskSpec | None:
 
     if task_id.split(":")[-1] in gym.registry or ":" in task_id:
         return None
-    # Ids are long and share their beginnings: compare what tells them apart, too.
+    # The ids share a long prefix, which would make any two of them similar.
     short = {k.removeprefix(CUSTOM_PREFIX): k for k in [*known, *gym.registry]}
-    near = difflib.get_close_matches(
-        task_id.removeprefix(CUSTOM_PREFIX), list(short), n=1, cutoff=0.5
-    )
+    near = difflib.get_close_matches(task_id.removeprefix(CUSTOM_PREFIX), short, n=1, cutoff=0.5)
     hint = f"; did you mean '{short[near[0]]}'?" if near else "; `scpo-bench list tasks` shows them"
     raise UserError(f"unknown task '{task_id}'{hint}")

@@ -1,71 +1,139 @@
-"""benchmarks.yaml -> validated suites."""
+"""benchmarks.yaml -> validated suites.
+
+A setting can be given for all suites (``defaults:`` of the file), for a suite, and for one of its
+tasks; the one nearest to the task applies, and only agents' configurations are merged, field by
+field. A suite with ``extends: SUITE`` starts from that suite's settings and tasks, and a task with
+``extends: TASK`` from the settings of an earlier task of the same suite. Only what stands further
+up in the file can be extended, so there are no cycles.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
-from scpo_bench.errors import UserError, nearest
+from scpo_bench.errors import UserError, at, nearest, printable
 from scpo_bench.records.schema import canonical
 from scpo_bench.suites.registry import agent_spec, task_spec
 
 PACKAGED_FILE = Path(__file__).with_name("benchmarks.yaml")
-# Bounds on what a file may ask for: far above any real one, so that a slip (or a hostile file) ends
-# in a line of text.
+# Bounds on what a file may ask for, far above any real one: a slip, or a hostile file, ends in one
+# line of text instead of filling the memory.
 MAX_FILE_BYTES = 1_000_000
-MAX_VALUES = 100_000  # with every alias written out
+MAX_VALUES = 100_000  # with every YAML alias, default and extended suite written out
 MAX_CELLS = 100_000
-MAX_MESSAGE = 600
+
+Count = Annotated[int, Field(ge=1, le=2**53)]
+
+
+def _unknown(problem: object) -> PydanticCustomError:
+    # Not as the template itself: a name in it may contain braces.
+    return PydanticCustomError("unknown", "{problem}", {"problem": str(problem)})
+
+
+def _agent(name: str) -> str:
+    try:
+        agent_spec(name)
+    except UserError as error:
+        raise _unknown(error) from None
+    return name
+
+
+AgentName = Annotated[str, AfterValidator(_agent)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_known_keys(cls, data: Any) -> Any:
+        for key in data if isinstance(data, dict) else ():
+            if key not in cls.model_fields:
+                hint = nearest(str(key), cls.model_fields)
+                raise _unknown(f"unknown key '{printable(key, 80)}'{hint}")
+        return data
 
 
-class TaskEntry(_Strict):
-    """One task of a suite."""
+class Settings(_Strict):
+    """What can be set for a task, for all tasks of a suite, or for all suites."""
 
-    id: str
-    agents: list[str] = Field(min_length=1)
-    steps: int = Field(ge=1)
-    """Interaction steps per run."""
-    num_envs: int = Field(1, ge=1)
-    evaluation_episodes: int = Field(10, ge=1)
-    evaluation_interval: int = Field(1, ge=1)
-    cost_limit: float | None = Field(None, ge=0)
-    """Default: the task's own."""
-    start: Literal["backup", "zero", "random"] | None = None
-    """Default: the suite's."""
-    seeds: int | None = Field(None, ge=1)
-    """Default: the suite's."""
-    normalize: bool = False
-    env: dict[str, JsonValue] = {}
-    config: dict[str, dict[str, JsonValue]] = {}
-    """agent -> overrides of its configuration."""
-
-
-class Suite(_Strict):
-    description: str
-    seeds: int = Field(ge=1)
+    agents: list[AgentName] = Field([], min_length=1)
+    """Required."""
+    steps: Count = 0
+    """Interaction steps per run. Required."""
+    seeds: Count = 0
+    """Number of runs per agent, with seeds 0, 1, ... Required."""
+    num_envs: Count = 1
+    evaluation_episodes: Count = 10
+    evaluation_interval: Count = 1
+    cost_limit: float = Field(0.0, ge=0)
+    """Per episode. Default: the task's own."""
     start: Literal["backup", "zero", "random"] = "random"
     """The policy that training starts from: the task's backup controller, action zero everywhere,
     or a random initialisation.
     """
-    tasks: list[TaskEntry] = Field(min_length=1)
-    config: dict[str, dict[str, JsonValue]] = {}
-    """agent -> overrides of its configuration, for every task of the suite."""
+    normalize: bool = False
+    env: dict[str, JsonValue] = {}
+    """Keyword arguments of the environment."""
+    config: dict[AgentName, dict[str, JsonValue]] = {}
+    """agent -> the fields of its configuration that differ from the agent's defaults."""
 
 
-class Benchmarks(_Strict):
+_SETTINGS = frozenset(Settings.model_fields)
+
+
+class TaskEntry(Settings):
+    """One task of a suite. In a loaded suite every setting is filled in."""
+
+    id: str
+    extends: str | None = None
+
+
+def _task(value: Any) -> Any:
+    return {"id": value} if isinstance(value, str) else value
+
+
+class _SuiteEntry(Settings):
+    """A suite as it stands in the file."""
+
+    extends: str | None = None
+    description: str = ""
+    tasks: list[Annotated[TaskEntry, BeforeValidator(_task)]] = Field([], min_length=1)
+
+
+class _File(_Strict):
     version: Literal[1]
+    defaults: Settings = Settings.model_construct()
+    suites: dict[str, _SuiteEntry]
+
+
+@dataclass(frozen=True)
+class Suite:
+    description: str
+    tasks: list[TaskEntry]
+
+
+@dataclass(frozen=True)
+class Benchmarks:
     suites: dict[str, Suite]
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML keeps the last of two equal keys silently; here a repeated key is a mistake."""
+    """YAML silently keeps the last of two equal keys; here a repeated key is a mistake."""
 
 
 def _mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -75,18 +143,22 @@ def _mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]
         if not isinstance(key_node, yaml.ScalarNode):
             raise UserError(f"{place}: a key must be a single value")
         if key_node.value in seen:
-            raise UserError(f"{place}: '{key_node.value}' stands twice in one mapping")
+            raise UserError(f"{place}: '{key_node.value}' appears twice in one mapping")
         seen.add(key_node.value)
     return loader.construct_mapping(node, deep=True)
 
 
+_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
 def _written_out(node: yaml.Node, sizes: dict[int, int | None]) -> int:
-    """Number of values below ``node`` with every alias written out: a few lines of aliases of
-    aliases can stand for billions.
+    """The number of values below ``node`` with every alias written out.
+
+    A few lines of aliases of aliases can stand for billions of values.
     """
     size = sizes.setdefault(id(node), 0)
     if size is None:
-        raise UserError(f"line {node.start_mark.line + 1}: an alias inside of what it stands for")
+        raise UserError(f"line {node.start_mark.line + 1}: an alias inside the value it names")
     if size == 0:
         sizes[id(node)] = None
         size = 1
@@ -98,20 +170,23 @@ def _written_out(node: yaml.Node, sizes: dict[int, int | None]) -> int:
     return size
 
 
-def _parse(text: str) -> Any:
-    loader = _UniqueKeyLoader(text)
+def _parse(content: bytes) -> Any:
+    loader = None
     try:
+        loader = _UniqueKeyLoader(content.decode("utf-8"))
         node = loader.get_single_node()
         if node is None:
             return None
         if _written_out(node, {}) > MAX_VALUES:
             raise UserError(f"more than {MAX_VALUES} values, with aliases written out")
         return loader.construct_document(node)
+    except UserError:
+        raise
+    except Exception as error:  # PyYAML's constructors let through whatever goes wrong in them
+        raise UserError(f"not valid YAML ({str(error)[:200]})") from None
     finally:
-        loader.dispose()
-
-
-_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+        if loader is not None:
+            loader.dispose()
 
 
 def default_file() -> Path:
@@ -121,95 +196,109 @@ def default_file() -> Path:
 
 
 def load_benchmarks(path: Path) -> Benchmarks:
-    """Read and validate a benchmarks file.
+    """Read and validate a suites file.
 
-    UserError names file, field, expectation and nearest choice.
+    A UserError names the file, the field, what was expected and the nearest valid choice.
     """
-    name = path.name
     try:
         with open(path, "rb") as file:
             content = file.read(MAX_FILE_BYTES + 1)
-        if len(content) > MAX_FILE_BYTES:
-            raise UserError(f"larger than {MAX_FILE_BYTES} bytes")
-        benchmarks = Benchmarks.model_validate(_parse(content.decode("utf-8")))
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValidationError as error:
-        raise UserError(f"{name}: {_explain(error)}") from None
-    # What PyYAML's constructors raise on a value under a wrong tag is whatever happens to go wrong.
-    except (
-        yaml.YAMLError,
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RecursionError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise UserError(f"{name}: not valid YAML ({' '.join(str(error).split())[:200]})") from None
-    for suite_name, suite in benchmarks.suites.items():
-        _check_names(name, suite_name, suite)
-    return benchmarks
+    with at(path.name):
+        if len(content) > MAX_FILE_BYTES:
+            raise UserError(f"larger than {MAX_FILE_BYTES} bytes")
+        return Benchmarks(_resolve(_File.model_validate(_parse(content))))
 
 
-def _place(parts: tuple[Any, ...]) -> str:
-    """("suites", "core", "tasks", 0) -> "suites.core.tasks[0]"."""
-    text = ""
-    for part in parts:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
-    return text or "file"
+Values = dict[str, Any]  # field -> value, for the fields that were given
 
 
-def _explain(error: ValidationError) -> str:
-    """pydantic's first finding as one line."""
-    problem = error.errors(include_url=False)[0]
-    where = _place(problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        models: dict[int, type[BaseModel]] = {1: Benchmarks, 3: Suite}
-        fields = models.get(len(problem["loc"]), TaskEntry).model_fields
-        return f"{where}: unknown key{nearest(str(problem['loc'][-1]), list(fields))}"
-    came = "" if problem["type"] == "missing" else f", got {str(problem['input'])[:60]!r}"
-    return f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}{came}"
+def _given(layer: Settings) -> Values:
+    return {name: getattr(layer, name) for name in layer.model_fields_set & _SETTINGS}
 
 
-def _check_names(file: str, suite_name: str, suite: Suite) -> None:
-    where = f"{file}: suites.{suite_name}"
-    used = {agent for entry in suite.tasks for agent in entry.agents}
-    for i, entry in enumerate(suite.tasks):
-        for j, agent in enumerate(entry.agents):
-            _named(f"{where}.tasks[{i}].agents[{j}]", agent_spec, agent)
-        for agent in entry.config:
-            if agent not in entry.agents:
-                raise UserError(
-                    f"{where}.tasks[{i}].config: '{agent}' is not among its agents{nearest(agent, entry.agents)}"
-                )
-        _check_settings(f"{where}.tasks[{i}].env", entry.env)
-        _check_settings(f"{where}.tasks[{i}].config", entry.config)
-        spec = _named(f"{where}.tasks[{i}].id", task_spec, entry.id)
-        if spec is None and entry.cost_limit is None:
+def _over(base: Values, own: Values) -> Values:
+    """``own`` applied over ``base``."""
+    config = dict(base.get("config", {}))
+    for agent, fields in own.get("config", {}).items():
+        config[agent] = {**config.get(agent, {}), **fields}
+    return {**base, **own, "config": config}
+
+
+def _resolve(file: _File) -> dict[str, Suite]:
+    """The suites with defaults, extended suites and extended tasks filled in."""
+    _check("defaults", file.defaults, set(file.defaults.config))
+    suites: dict[str, Suite] = {}
+    # What a suite that extends the key (or nothing: None) starts from.
+    for_all: dict[str | None, Values] = {None: _over({}, _given(file.defaults))}
+    for_task: dict[str | None, dict[str, Values]] = {None: {}}
+    size = 0
+    for name, suite in file.suites.items():
+        where, base = f"suites.{name}", suite.extends
+        if base not in for_all:
+            hint = nearest(str(base), suites)
+            raise UserError(f"{where}.extends: no suite '{base}' above this one{hint}")
+        for field in ("description", "tasks"):
+            if base is None and not getattr(suite, field):
+                raise UserError(f"{where}.{field}: needed, since the suite extends no other")
+        for_all[name] = _over(for_all[base], _given(suite))
+        for_task[name] = _tasks(where, suite, for_task[base])
+        entries = []
+        for i, (task, values) in enumerate(for_task[name].items()):
+            entry = _complete(f"{where}.tasks[{i}]", task, _over(for_all[name], values))
+            entries.append(entry)
+            size += 1 + len(entry.agents) + len(entry.env)
+            size += sum(1 + len(fields) for fields in entry.config.values())
+            if size > MAX_VALUES:
+                raise UserError(f"more than {MAX_VALUES} values, with extended suites written out")
+        for i, layer in enumerate(suite.tasks):
+            _check(f"{where}.tasks[{i}]", layer, set(entries[i].agents))
+        _check(where, suite, {agent for entry in entries for agent in entry.agents})
+        inherited = suites[base].description if base else ""
+        suites[name] = Suite(suite.description or inherited, entries)
+    return suites
+
+
+def _tasks(where: str, suite: _SuiteEntry, inherited: dict[str, Values]) -> dict[str, Values]:
+    """The suite's tasks and what is set for each of them alone."""
+    tasks: dict[str, Values] = {}
+    for i, task in enumerate(suite.tasks):
+        if task.id in tasks:
+            raise UserError(f"{where}.tasks[{i}].id: '{task.id}' appears twice in the suite")
+        if task.extends is None:
+            base = inherited.get(task.id, {})
+        elif task.extends in tasks:
+            base = tasks[task.extends]
+        else:
+            hint = nearest(task.extends, tasks)
             raise UserError(
-                f"{where}.tasks[{i}].cost_limit: needed, since {entry.id} is no task of this package"
+                f"{where}.tasks[{i}].extends: no task '{task.extends}' above this one{hint}"
             )
-    _check_settings(f"{where}.config", suite.config)
-    for agent in suite.config:
-        if agent not in used:
-            raise UserError(
-                f"{where}.config: '{agent}' runs in no task of the suite{nearest(agent, sorted(used))}"
-            )
+        tasks[task.id] = _over(base, _given(task))
+    return tasks or inherited
 
 
-def _check_settings(where: str, settings: Any) -> None:
-    """Settings go into the cell's key and its record, so they must have a JSON text."""
-    try:
-        canonical(settings)
-    except ValueError as error:  # nan, infinity, integers of thousands of digits
-        raise UserError(f"{where}: {error}") from None
+def _complete(where: str, task: str, values: Values) -> TaskEntry:
+    """The entry of a task whose settings are ``values``."""
+    for name in ("agents", "steps", "seeds"):
+        if name not in values:
+            raise UserError(f"{where}.{name}: needed for the task, its suite or in `defaults`")
+    with at(f"{where}.id"):
+        spec = task_spec(task)
+    if "cost_limit" not in values:
+        if spec is None:
+            raise UserError(f"{where}.cost_limit: needed, since {task} is no task of this package")
+        values = {**values, "cost_limit": spec.cost_limit}
+    return TaskEntry.model_construct(id=task, **values)
 
 
-def _named(where: str, look_up: Any, name: str) -> Any:
-    try:
-        return look_up(name)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
+def _check(where: str, layer: Settings, running: set[str]) -> None:
+    """Only agents that run are configured, and the settings have a JSON text."""
+    for agent in layer.config:
+        if agent not in running:
+            hint = nearest(agent, sorted(running))
+            raise UserError(f"{where}.config: '{agent}' is not among the agents{hint}")
+    for name in ("env", "config"):  # they go into the cell's key and its record
+        with at(f"{where}.{name}"):
+            canonical(getattr(layer, name))
