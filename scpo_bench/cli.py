@@ -109,8 +109,8 @@ def run(
 
 
 def _run(todo: list[Cell], suite: str, results: Path, jobs: int, workers: int = 1) -> None:
+    from scpo_bench.processes import sigterm_interrupts
     from scpo_bench.runs.launch import run_cells
-    from scpo_bench.runs.processes import sigterm_interrupts
     from scpo_bench.suites.registry import load_agent
 
     sigterm_interrupts()
@@ -375,7 +375,6 @@ def _numbers(values: Iterable[float]) -> str:
 @app.command()
 def doctor() -> None:
     """Versions, what is missing, and how to get it."""
-    from rich.table import Table
 
     from scpo_bench.runs.provenance import describe_environment
 

@@ -153,7 +153,7 @@ from rich.console import Console
 from scpo_bench.records.schema import Cell
 from scpo_bench.runs.harness import Attempt
 from scpo_bench.runs.launch import run_cells
-from scpo_bench.runs.processes import sigterm_interrupts
+from scpo_bench.processes import sigterm_interrupts
 
 original = Attempt.execute
 

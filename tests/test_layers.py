@@ -48,7 +48,7 @@ def imported_rooms(path: Path) -> set[str]:
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         rooms |= {name.split(".")[1] for name in names if name.startswith("scpo_bench.")}
-    return rooms
+    return rooms - {"__version__"}
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,9 @@ import functools
 import warnings
 from typing import Any
 
-import mujoco
 import numpy as np
 
 from scpo_bench.envs.safety_gymnasium.package import original
-
 
 
 @functools.cache

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from scpo_bench.errors import UserError
 from scpo_bench.records.files import CHECKPOINT_FILE, read_updates
 from scpo_bench.records.schema import Cell, Run, Update
-from scpo_bench.runs.checkpoints import obstacle
 from scpo_bench.runs.agents import make_agent
+from scpo_bench.runs.checkpoints import obstacle
 from scpo_bench.runs.environments import make_training_env
 from scpo_bench.runs.harness import run_cell
 from scpo_bench.runs.recorder import RecordingVecEnv

@@ -161,9 +161,7 @@ def load(path: Path) -> Counterexample:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValidationError as error:
-        place, expected, _ = first_problem(error)
-        where = ".".join(str(part) for part in place)
         raise UserError(
-            f"{path}: not a counterexample as `scpo-bench falsify` writes it: {where} ({expected})"
+            f"{path}: not a counterexample of `scpo-bench falsify`: {first_problem(error)}"
         ) from None
     return found

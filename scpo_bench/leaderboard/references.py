@@ -38,9 +38,7 @@ def load_references(path: Path = REFERENCES_FILE) -> dict[str, dict[str, Any]]:
     except FileNotFoundError:
         return {}
     except ValidationError as error:
-        place, expected, came = first_problem(error)
-        field = ".".join(map(str, place)) or "file"
-        raise UserError(f"{path}: {field}: {expected}, got {came}") from None
+        raise UserError(f"{path}: {first_problem(error)}") from None
     return content.model_dump()["tasks"]
 
 

@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from scpo_bench.errors import UserError
+from scpo_bench.processes import end_with_parent, sigterm_interrupts
 from scpo_bench.records.files import RecordError, read_run
 from scpo_bench.records.schema import Cell
-from scpo_bench.runs.processes import end_with_parent, sigterm_interrupts
 from scpo_bench.suites.cells import run_folder
 
 BUSY_WAIT_S = 0.5  # between two tries at a cell that another command is running

@@ -7,12 +7,10 @@ several processes (:class:`EpisodeRollouts`). Policies act deterministically.
 
 from __future__ import annotations
 
-import os
 import signal
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from typing import Any, Protocol
 
 import cloudpickle
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from scpo_bench.contract import BatchedTask, Floats, ProbeMeter
 from scpo_bench.errors import UserError
+from scpo_bench.processes import end_with_parent
 from scpo_bench.scpo.spaces import ParameterSpace
 
 # Policies are evaluated in groups of about this many (policy, start) pairs: the working set then
@@ -231,17 +230,9 @@ _episodes: _Episodes | None = None  # of a worker process
 def _start_worker(source: bytes) -> None:
     global _episodes
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     torch.set_num_threads(1)
     _episodes = cloudpickle.loads(source)
-
-
-def _end_with_parent() -> None:
-    """A killed parent must not leave its workers behind."""
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _play(w: Floats, seeds: Sequence[int]) -> tuple[Floats, int]:

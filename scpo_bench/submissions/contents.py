@@ -91,9 +91,7 @@ def read_manifest(root: Path) -> Manifest:
     try:
         return Manifest.model_validate_json((root / MANIFEST_FILE).read_bytes())
     except ValidationError as error:
-        place, expected, found = first_problem(error)
-        field = ".".join(map(str, place)) or "file"
-        raise RecordError(f"{MANIFEST_FILE}: {field}: {expected}, got {found}") from None
+        raise RecordError(f"{MANIFEST_FILE}: {first_problem(error)}") from None
 
 
 class Contents(NamedTuple):

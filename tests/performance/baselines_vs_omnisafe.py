@@ -96,8 +96,7 @@ def run_omnisafe(
 
 
 def make_environments(task: str, num_envs: int) -> Any:
-    """The task as our agents train on it: SB3's DummyVecEnv, observations normalised with clip 5.
-    """
+    """The task as our agents train on it: SB3's DummyVecEnv, observations normalised with clip 5."""
     import gymnasium as gym
     from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 

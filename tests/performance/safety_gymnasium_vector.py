@@ -36,8 +36,7 @@ _own: list[Any] = []  # in a process of Apart: its vector environment
 
 
 class Apart:
-    """Processes that step an equal share of the environments each, without waiting for one another.
-    """
+    """Processes that step an equal share of the environments each, without waiting for one another."""
 
     def __init__(self, env_id: str, count: int, processes: int) -> None:
         self._shares = np.array_split(np.arange(count), processes)
