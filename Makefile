@@ -23,7 +23,8 @@ lint: $(INSTALLED)  ## style and types
 	$(BIN)/mypy -p scpo_bench
 
 leaderboard: $(INSTALLED)  ## write the tables of the committed records into README.md and docs/scpo_rl.md
-	$(BIN)/python -m scpo_bench.leaderboard.readme README.md results paper
+	$(BIN)/python -m scpo_bench.leaderboard.readme README.md results paper scpo_bench/DoubleIntegratorImitation-v0
+	$(BIN)/python -m scpo_bench.leaderboard.readme docs/paper.md results paper
 	$(BIN)/python -m scpo_bench.leaderboard.readme docs/scpo_rl.md results scpo-rl
 
 format: $(INSTALLED)

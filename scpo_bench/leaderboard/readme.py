@@ -1,8 +1,8 @@
 """Keeps the generated parts of Markdown files equal to what they are generated from.
 
 ``python -m scpo_bench.leaderboard.readme README.md results paper`` replaces the text between the
-two marker comments of a suite by its leaderboard; ``python -m scpo_bench.leaderboard.readme
-docs/leaderboard.md`` writes the table of columns.
+two marker comments of a suite by its leaderboard, with a task id behind it by that task's table
+alone; ``python -m scpo_bench.leaderboard.readme docs/leaderboard.md`` writes the table of columns.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ def markers(name: str) -> tuple[str, str]:
     )
 
 
-def generated(results: Path, suite: str) -> str:
-    """The suite's leaderboard in Markdown, with its planned cells.
+def generated(results: Path, suite: str, task: str | None = None) -> str:
+    """The leaderboard of a suite, or of one of its tasks, in Markdown, with its planned cells.
 
     Tasks without any record are named below the tables, instead of a table of missing runs each.
     """
-    planned = cells(load_benchmarks(PACKAGED_FILE).suites[suite])
+    planned = cells(load_benchmarks(PACKAGED_FILE).suites[suite], tasks=[task] if task else None)
     begun = {
         cell.task for cell in planned if run_folder(results, suite, cell).parent.parent.is_dir()
     }
-    table = render(
-        leaderboard(load(results, suite, [cell for cell in planned if cell.task in begun])), "md"
-    )
+    runs = load(results, suite, [cell for cell in planned if cell.task in begun])
+    if task:
+        runs = runs[runs["task"] == task]
+    table = render(leaderboard(runs), "md")
     # One level deeper: the headings belong to a section of the file.
     lines = ["#" + line if line.startswith("##") else line for line in table.strip().splitlines()]
     left = [task for task in dict.fromkeys(cell.task for cell in planned) if task not in begun]
@@ -59,8 +60,8 @@ def current(text: str, name: str) -> str:
 
 def main() -> None:
     file, *source = sys.argv[1:]
-    name = source[1] if source else "columns"
-    new = generated(Path(source[0]), name) if source else column_table()
+    name = " ".join(source[1:]) if source else "columns"
+    new = generated(Path(source[0]), *source[1:]) if source else column_table()
     text = Path(file).read_text(encoding="utf-8")
     begin, end = markers(name)
     current(text, name)
