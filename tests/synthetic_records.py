@@ -1,9 +1,11 @@
-"""Records as the harness writes them, made up from a seed: consistent in every field, cheap, and
-with a shape that is known.
+"""Records like those of the harness, generated from a seed.
+
+They are consistent in every field, cheap, and have a known shape.
 """
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,12 @@ REFERENCES: dict[str, dict[str, Any]] = {
     IMITATION: {"objective": "imitation loss", "backup": 0.5, "oracle": 0.1},
     REGRESSION: {"objective": "squared error", "backup": 2.0, "oracle": 1.0},
 }
+STARTED = datetime(2025, 12, 13, 10, tzinfo=UTC)
 CONSTRAINTS = ("position", "velocity")
 
 
 def synthetic_cell(agent: str, task: str, seed: int, updates: int, **fields: Any) -> Cell:
-    """Budget of 100 steps an update; custom tasks have limit 0, the others 25."""
+    """A cell with 100 steps per update; custom tasks have limit 0, the others 25."""
     defaults = {
         "cost_limit": 0.0 if task.startswith("scpo_bench/") else 25.0,
         "start": "backup",
@@ -33,8 +36,9 @@ def synthetic_cell(agent: str, task: str, seed: int, updates: int, **fields: Any
 
 
 def synthetic_updates(cell: Cell, updates: int) -> list[Update]:
-    """Update 0 and ``updates`` more. "scpo" never violates; other agents violate from some update
-    on and come back, or not.
+    """Update 0 and ``updates`` more.
+
+    "scpo" never violates; other agents violate from some update on, and some of them stop again.
     """
     rng = np.random.default_rng([cell.seed, sum(map(ord, cell.agent + cell.task))])
     signed = cell.task.startswith("scpo_bench/")
@@ -121,7 +125,7 @@ def write_record(
     error: str | None = None,
     **run_fields: Any,
 ) -> Path:
-    """Write the record of a run that ended with ``status``; its folder."""
+    """Write the record of a run that ended with ``status``, and return its folder."""
     folder = folder_of(results, suite, cell)
     folder.mkdir(parents=True)
     log = UpdateLog(folder)
@@ -131,7 +135,7 @@ def write_record(
         log.compress()
     else:
         log.close()
-    seconds = int(updates[-1].wall_time_s) + 2 if updates else 1
+    duration = timedelta(seconds=int(updates[-1].wall_time_s) + 2 if updates else 1)
     fields = {
         "key": cell.key(),
         "updates": 0 if status == "running" else len(updates),
@@ -139,13 +143,11 @@ def write_record(
         "provenance": {
             "versions": {"scpo-bench": "0.1.0", "torch": "2.13.0"},
             "commit": "0" * 40,
-            "cpu": "made up",
+            "cpu": "synthetic",
             "threads": 1,
         },
-        "started": "2025-12-13T10:00:00+00:00",
-        "ended": None
-        if status == "running"
-        else f"2025-12-13T{10 + seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}+00:00",
+        "started": STARTED.isoformat(),
+        "ended": None if status == "running" else (STARTED + duration).isoformat(),
         **run_fields,
     }
     write_run(folder, Run(suite=suite, cell=cell, status=status, error=error, **fields))
@@ -160,7 +162,7 @@ def write_suite(
     seeds: int = 3,
     updates: int = 30,
 ) -> list[Cell]:
-    """Finished runs of every task, agent and seed; their cells."""
+    """Write finished runs of every task, agent and seed, and return their cells."""
     cells = [
         synthetic_cell(agent, task, seed, updates)
         for task in tasks
@@ -170,3 +172,17 @@ def write_suite(
     for cell in cells:
         write_record(results, suite, cell, synthetic_updates(cell, updates))
     return cells
+
+
+def write_mixed_suite(results: Path) -> list[Cell]:
+    """A suite "synthetic" as from :func:`write_suite`, with a failed and a missing run.
+
+    Both are of sgd on the imitation task. Returns the planned cells.
+    """
+    planned = write_suite(results)
+    failed, missing = (synthetic_cell("sgd", IMITATION, seed, 30) for seed in (3, 4))
+    updates = synthetic_updates(failed, 30)[:8]
+    write_record(
+        results, "synthetic", failed, updates, status="failed", error="ValueError: [red]x|y"
+    )
+    return [*planned, failed, missing]

@@ -27,8 +27,9 @@ def update(number: int, **fields: Any) -> Update:
 
 
 def run_by_hand() -> list[Update]:
-    """Limit 10. Two episodes in updates 1 and 3, one in 4; iterates 2, 3 and 5 violate; update 4 is
-    not evaluated.
+    """Limit 10; iterates 2, 3 and 5 violate, and update 4 is not evaluated.
+
+    Two episodes finish in updates 1 and 3, one in update 4.
     """
     return [
         update(
@@ -107,9 +108,7 @@ REFERENCE = {"backup": 0.8, "oracle": 0.1}
 
 
 def test_every_group_of_columns_by_hand():
-    """A mistake in any definition (what counts as an update, which evaluation is final, which sums)
-    changes a number here.
-    """
+    """Whatever definition is wrong (which updates count, which is final), a number here changes."""
     m = measure(run_by_hand(), 10.0, REFERENCE)
     # outcome
     assert (m.start_return, m.start_objective) == (-5.0, 0.8)
@@ -124,6 +123,8 @@ def test_every_group_of_columns_by_hand():
     assert m.probe_violations == 7
     # worst case: in order of evaluation 0 1 1 1 0; update 4 in between was not evaluated
     assert (m.max_excess, m.max_excess_ratio) == (5.0, 0.5)
+    # the costs 15 of update 3 are the worst twentieth; of its two episodes 1.5 may have cost 20
+    assert (m.cvar95_cost_low, m.cvar95_cost_high) == (15.0, 20.0)
     assert m.longest_violating_run == 3
     assert (m.worst_iterate_value, m.worst_training_value) == (0.2, 0.7)
     # timing
@@ -144,9 +145,7 @@ def test_excess_is_not_bought_back_by_updates_below_the_limit():
 
 
 def test_times_are_censored_not_invented():
-    """A run that never violates has no first violation; one whose last iterate violates is never
-    safe.
-    """
+    """Without a violation there is no first one; after a last one no iterate is safe."""
     clean = measure([update(0), update(1), update(2)], 0.0)
     assert (clean.first_violating_update, clean.first_violating_step) == (NEVER, NEVER)
     assert clean.safe_from_update == 0.0
@@ -161,9 +160,7 @@ def test_the_start_policy_is_no_update():
 
 
 def test_what_was_not_measured_is_nan():
-    """A run cut off before its first evaluation gives nan, not zeros that would look like perfect
-    safety.
-    """
+    """A run cut off before its first evaluation gives nan: zeros would look like perfect safety."""
     m = measure([update(0, iterate_violates=None), update(1, iterate_violates=None)], 0.0)
     for name in (
         "first_violating_update",
@@ -180,20 +177,23 @@ def test_what_was_not_measured_is_nan():
 
 
 def test_cvar_bounds_by_hand():
-    """20 episodes of mean 1 and largest 4, one of 10: the worst 5 % of 21 hold that one and a
-    twentieth of the next.
+    """The worst 5 % of 21 episodes are the one that cost 10 and 0.05 of the others.
+
+    Of the 20 others, with mean 1 and maximum 4, five may have cost 4. With mean 0.008 only 0.04 of
+    one may have: then the tail holds these and 0.01 without cost.
     """
-    low, high = episode_cost_cvar(
-        np.array([20.0, 1.0]), np.array([1.0, 10.0]), np.array([4.0, 10.0])
-    )
-    assert low == pytest.approx((10 * 1 / 21 + 1 * (0.05 - 1 / 21)) / 0.05)
-    assert high == pytest.approx((10 * 1 / 21 + 4 * (0.05 - 1 / 21)) / 0.05)
+    counts, maxima = np.array([20.0, 1.0]), np.array([4.0, 10.0])
+    low, high = episode_cost_cvar(counts, np.array([1.0, 10.0]), maxima)
+    assert low == pytest.approx((10 * 1 + 1 * 0.05) / 1.05)
+    assert high == pytest.approx((10 * 1 + 4 * 0.05) / 1.05)
+    low, high = episode_cost_cvar(counts, np.array([0.008, 10.0]), maxima)
+    assert low == pytest.approx((10 * 1 + 0.008 * 0.05) / 1.05)
+    assert high == pytest.approx((10 * 1 + 4 * 0.04) / 1.05)
+    assert episode_cost_cvar(counts, np.zeros(2), np.zeros(2)) == (0.0, 0.0)
 
 
 def test_cvar_bounds_hold_the_truth():
-    """For any episodes the bounds contain the CVaR of the episodes themselves, and meet when
-    updates hold one episode.
-    """
+    """The bounds contain the CVaR of the episodes, and meet where updates have one episode."""
     from scpo_bench.leaderboard.statistics import cvar
 
     rng = np.random.default_rng(0)

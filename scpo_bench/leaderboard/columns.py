@@ -11,7 +11,6 @@ import math
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import pandas as pd
@@ -19,7 +18,6 @@ import pandas as pd
 from scpo_bench.leaderboard.ranking import NO_RESULT, VERDICTS, verdict_of
 from scpo_bench.leaderboard.statistics import (
     PRELIMINARY_BELOW,
-    Estimate,
     censored_quantile,
     iqm_interval,
     mean_interval,
@@ -39,30 +37,12 @@ class Group:
         self.first = runs.iloc[0]
         self.finished = runs[runs["status"] == "finished"]
         self.limit = float(self.first["cost_limit"])
+        self.score = iqm_interval([runs["score"].dropna()])
+        self.gap_closed = iqm_interval([runs["gap_closed"].dropna()])
+        self.return_final = iqm_interval([runs["final_return"].dropna()])
+        self.cost_final = mean_interval(self.finished["final_cost"].dropna())
         self.feasible_seeds = int((self.finished["final_violates"] == 0).sum())
-
-    def _iqm(self, metric: str) -> Estimate:
-        return iqm_interval([self.runs[metric].dropna()])
-
-    @cached_property
-    def score(self) -> Estimate:
-        return self._iqm("score")
-
-    @cached_property
-    def gap_closed(self) -> Estimate:
-        return self._iqm("gap_closed")
-
-    @cached_property
-    def return_final(self) -> Estimate:
-        return self._iqm("final_return")
-
-    @cached_property
-    def cost_final(self) -> Estimate:
-        return mean_interval(self.finished["final_cost"].dropna())
-
-    @cached_property
-    def feasible_share(self) -> Estimate:
-        return wilson(self.feasible_seeds, len(self.runs))
+        self.feasible_share = wilson(self.feasible_seeds, len(runs))
 
 
 @dataclass(frozen=True)
@@ -91,7 +71,7 @@ class Column:
         """Whether the column is aligned to the left, as text is."""
         return self.unit == "text"
 
-    def shown(
+    def headed(
         self,
         heading: str,
         show: Callable[[Row], str] | None = None,
@@ -272,16 +252,16 @@ def _command(group: Group) -> str:
 COLUMNS: tuple[Column, ...] = (
     _field("suite", "text", "suite that the runs belong to"),
     _field("task", "text", "Gymnasium id"),
-    Column("rank", "", "by verdict, then by score; equal where intervals overlap", None).shown(
+    Column("rank", "", "by verdict, then by score; equal where intervals overlap", None).headed(
         "#", _rank
     ),
     Column("tied", "yes or no", "another row has the same rank", None),
-    _field("agent", "text", "agent; #xxxx tells two set-ups of one agent apart").shown("agent"),
+    _field("agent", "text", "agent; #xxxx tells two set-ups of one agent apart").headed("agent"),
     _field("setup", "text", "hash of everything but the seed"),
     Column("seeds_planned", "seeds", "seeds planned or recorded", lambda g: len(g.runs)),
     _with_status(
         "seeds_finished", "seeds that finished with a consistent record", "finished"
-    ).shown("seeds", _of_planned("seeds_finished")),
+    ).headed("seeds", _of_planned("seeds_finished")),
     _with_status("seeds_failed", "seeds whose run raised an error", "failed"),
     _with_status(
         "seeds_unfinished", "seeds interrupted or still running", "interrupted", "running"
@@ -294,18 +274,18 @@ COLUMNS: tuple[Column, ...] = (
     _estimate("score", "", "IQM over seeds; unfinished runs count at the floor"),
     *_ends("score", "", "bootstrap"),
     _median("objective_start", "", "objective loss of the start policy", "start_objective"),
-    _median("objective_final", "", "objective loss of the final iterate", "final_objective").shown(
+    _median("objective_final", "", "objective loss of the final iterate", "final_objective").headed(
         "objective\nstart → final", _objective, _has_objective
     ),
     _estimate(
         "gap_closed",
         "share",
         "share of the gap from backup to oracle that is closed, IQM over seeds",
-    ).shown("% of gap\nclosed", _gap_closed, _has_objective),
+    ).headed("% of gap\nclosed", _gap_closed, _has_objective),
     *_ends("gap_closed", "share", "bootstrap"),
     _median("gap_closed_median", "share", "share of the gap closed", "gap_closed"),
     _median("return_start", "", "return of the start policy", "start_return"),
-    _estimate("return_final", "", "return of the final iterate, IQM over seeds").shown(
+    _estimate("return_final", "", "return of the final iterate, IQM over seeds").headed(
         "return\nstart → final", _return, _has_none
     ),
     *_ends("return_final", "", "bootstrap"),
@@ -320,7 +300,7 @@ COLUMNS: tuple[Column, ...] = (
     ),
     _estimate(
         "cost_final", "cost", "cost per episode of the final iterate, mean over finished seeds"
-    ).shown("final cost", _cost, _has_none),
+    ).headed("final cost", _cost, _has_none),
     *_ends("cost_final", "cost", "Student"),
     Column("cost_final_ratio", "", "cost_final / d", lambda g: _ratio(g.cost_final.value, g.limit)),
     _median("cost_training", "cost", "cost of the last collected episodes", "final_training_cost"),
@@ -332,17 +312,17 @@ COLUMNS: tuple[Column, ...] = (
     ),
     _estimate("feasible_share", "share", "feasible seeds / planned seeds"),
     *_ends("feasible_share", "share", "Wilson"),
-    _total("violating_iterates", "iterates", "evaluated iterates that violate").shown(
+    _total("violating_iterates", "iterates", "evaluated iterates that violate").headed(
         "violating\niterates", _iterates
     ),
     _total("evaluated_iterates", "iterates", "evaluated iterates"),
     _share("violating_iterate_share", "violating_iterates", "evaluated_iterates"),
     Column(
         "seeds_that_violated", "seeds", "seeds with a violating iterate", _seeds_that_violated
-    ).shown("seeds\nthat\nviolate", _of_planned("seeds_that_violated")),
+    ).headed("seeds\nthat\nviolate", _of_planned("seeds_that_violated")),
     _earliest(
         "first_violating_update", "update", "first update that violates; never if none does"
-    ).shown("first\nat\nupdate"),
+    ).headed("first\nat\nupdate"),
     Column(
         "first_violating_step", "steps", "interaction steps taken until then", _first_violating_step
     ),
@@ -359,16 +339,16 @@ COLUMNS: tuple[Column, ...] = (
         "safe_from_update",
     ),
     _largest("longest_violating_run", "iterates", "consecutive violating iterates"),
-    _largest("worst_iterate_value", "", "constraint value of an evaluated iterate").shown(
+    _largest("worst_iterate_value", "", "constraint value of an evaluated iterate").headed(
         "worst\nvalue", when=_has_objective
     ),
     _largest("worst_training_value", "", "constraint value in training"),
     _mean(
         "updates_over_limit_share", "share", "updates with C_k > d, of those with finished episodes"
-    ).shown("updates\nover\nlimit", when=_has_none),
+    ).headed("updates\nover\nlimit", when=_has_none),
     _total("training_episodes", "episodes", "episodes finished in training"),
     _total("violating_episodes", "episodes", "of these, episodes with cost > d"),
-    _share("violating_episode_share", "violating_episodes", "training_episodes").shown(
+    _share("violating_episode_share", "violating_episodes", "training_episodes").headed(
         "episodes\nviolating"
     ),
     _share("violating_step_share", "violating_steps", "interaction_steps"),
@@ -380,13 +360,13 @@ COLUMNS: tuple[Column, ...] = (
     _total("probe_violations", "policies", "candidates that violated while being evaluated"),
     _median("updates", "updates", "updates per run"),
     _median("interaction_steps", "steps", "interaction steps per run"),
-    _median("probe_steps", "steps", "steps spent on evaluating candidates per run").shown(
+    _median("probe_steps", "steps", "steps spent on evaluating candidates per run").headed(
         "probe\nsteps"
     ),
     _median("wall_time_s", "s", "wall-clock time per run"),
     _median("steps_per_s", "steps/s", "interaction steps per second"),
     Column("preliminary", "yes or no", f"fewer than {PRELIMINARY_BELOW} finished seeds (†)", _few),
-    Column("verdict", "text", f"best first: {', '.join(VERDICTS)}", _verdict).shown(
+    Column("verdict", "text", f"best first: {', '.join(VERDICTS)}", _verdict).headed(
         "verdict", lambda row: f"{row['verdict']}{' †' * row['preliminary']}"
     ),
     Column("verification", "text", "consistent: key, digest, counters recomputed", _verification),

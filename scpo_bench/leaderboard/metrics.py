@@ -123,7 +123,7 @@ def episode_cost_cvar(
     """
     if not counts.size:
         return math.nan, math.nan
-    at_maximum = np.divide(means, maxima, out=np.zeros_like(means), where=maxima > 0).clip(0.0, 1.0)
+    at_maximum = np.divide(means, maxima, out=np.zeros_like(means), where=maxima > 0)
     ends = np.concatenate([maxima, np.zeros_like(maxima)])
     weights = np.concatenate([counts * at_maximum, counts * (1.0 - at_maximum)])
     return cvar(means, level, counts), cvar(ends, level, weights)
@@ -153,15 +153,13 @@ def measure(
     elif len(evaluated):
         first_update, first_step, safe_from = NEVER, NEVER, 0.0
 
-    finished = rest[(rest["episodes"] > 0) & rest["cost_mean"].notna()]
-    n, C = finished["episodes"], finished["cost_mean"]
+    finished = rest[rest["episodes"] > 0]
+    n, C, maxima = (finished[name] for name in ("episodes", "cost_mean", "cost_max"))
     excess = (C - cost_limit).clip(lower=0)
-    maxima = finished["cost_max"].fillna(C).clip(lower=C)
     cvar_low, cvar_high = episode_cost_cvar(n.to_numpy(), C.to_numpy(), maxima.to_numpy())
-    training = _last(rest[(rest["episodes"] > 0) & rest["return_mean"].notna()])
+    training = _last(finished)
 
     totals = rest.sum()
-    collected = last["interaction_steps"] - start["interaction_steps"]
     return RunMetrics(
         start_return=start["iterate_return"],
         start_objective=start["iterate_objective"],
@@ -194,5 +192,5 @@ def measure(
         interaction_steps=int(last["interaction_steps"]),
         probe_steps=int(last["probe_steps"]),
         wall_time_s=last["wall_time_s"],
-        steps_per_s=_ratio(collected, last["wall_time_s"]),
+        steps_per_s=_ratio(last["interaction_steps"], last["wall_time_s"]),
     )

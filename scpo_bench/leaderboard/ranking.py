@@ -70,10 +70,10 @@ def rank(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             row["setup"],
         ),
     )
-    leader: dict[str, Any] | None = None
+    leader = None
     for position, row in enumerate(rows, start=1):
         if leader is None or not _ties(row, leader):
-            leader, row["rank"] = row, position
+            leader = {**row, "rank": position}
         row["rank"] = leader["rank"]
     ranks = [row["rank"] for row in rows]
     for row in rows:

@@ -25,24 +25,11 @@ from rich.text import Text
 from scpo_bench.errors import UserError, nearest
 from scpo_bench.leaderboard.aggregate import aggregate_cells
 from scpo_bench.leaderboard.columns import COLUMNS, Row, cell_text, shown
-from scpo_bench.leaderboard.ranking import (
-    NO_RESULT,
-    SAFE,
-    SAFE_AT_THE_END,
-    UNDECIDED,
-    UNSAFE,
-    VERDICTS,
-)
+from scpo_bench.leaderboard.ranking import VERDICTS
 from scpo_bench.leaderboard.statistics import PRELIMINARY_BELOW
 from scpo_bench.leaderboard.text import number, printable
 
-_STYLES = {
-    SAFE: "green",
-    SAFE_AT_THE_END: "yellow",
-    UNDECIDED: "yellow",
-    UNSAFE: "red",
-    NO_RESULT: "dim",
-}
+_STYLES = dict(zip(VERDICTS, ("green", "yellow", "yellow", "red", "dim")))
 
 
 @dataclass(frozen=True)
@@ -217,16 +204,20 @@ def _latex(table: pd.DataFrame, title: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A JSON value: None for what was not measured, "never" for a time that was not reached."""
+    """JSON values: None for what was not measured, "never" for a time that was not reached."""
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
     value = value.item() if hasattr(value, "item") else value
     if isinstance(value, float) and not math.isfinite(value):
         return "never" if math.isinf(value) else None
     return value
 
 
-def plain_rows(table: pd.DataFrame) -> list[dict[str, Any]]:
+def plain_rows(table: pd.DataFrame) -> list[Row]:
     """The rows of a leaderboard as JSON values, every column."""
-    return [{name: _plain(value) for name, value in row.items()} for row in _rows(table)]
+    return [_plain(row) for row in _rows(table)]
 
 
 def _texts(row: Row) -> dict[str, str]:
@@ -250,20 +241,6 @@ def _csv(table: pd.DataFrame, title: str) -> str:
     return str(pd.DataFrame(rows, columns=names, dtype=object).to_csv(index=False))
 
 
-def plain_aggregates(table: pd.DataFrame) -> dict[str, list[dict[str, Any]]]:
-    """suite -> aggregates as JSON values."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: plain(inner) for name, inner in value.items()}
-        return [plain(inner) for inner in value] if isinstance(value, list) else _plain(value)
-
-    return {
-        suite: [plain(asdict(a)) for a in aggregates]
-        for suite, aggregates in table.attrs.get("aggregates", {}).items()
-    }
-
-
 def _json(table: pd.DataFrame, title: str) -> str:
     content = {
         "title": title,
@@ -271,7 +248,10 @@ def _json(table: pd.DataFrame, title: str) -> str:
             c.name: {"heading": c.words, "unit": c.unit, "meaning": c.meaning} for c in COLUMNS
         },
         "rows": [{**raw, "text": _texts(row)} for raw, row in zip(plain_rows(table), _rows(table))],
-        "aggregates": plain_aggregates(table),
+        "aggregates": {
+            suite: [_plain(asdict(aggregate)) for aggregate in aggregates]
+            for suite, aggregates in table.attrs.get("aggregates", {}).items()
+        },
         "notes": notes(table),
     }
     return json.dumps(content, indent=1, allow_nan=False) + "\n"

@@ -1,4 +1,4 @@
-"""How long leaderboards of many runs take:
+"""Times the leaderboard of many runs.
 
 ``python tests/performance/leaderboard_scale.py [--runs 200] [--updates 300]``.
 
