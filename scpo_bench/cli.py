@@ -303,7 +303,7 @@ def check(
         summary = f"{failed} failed; records in {folder}" if failed else "conforms"
         typer.echo(f"{agent}: {summary}")
     finally:
-        if not failed:  # else the records and tracebacks say why
+        if not failed:  # else the records and tracebacks are needed
             shutil.rmtree(folder, ignore_errors=True)
     if failed:
         raise typer.Exit(1)

@@ -16,7 +16,7 @@ MAX_MESSAGE = 600
 def printable(text: object, limit: int = MAX_MESSAGE) -> str:
     """``text`` on one line without control characters, shortened to ``limit`` characters.
 
-    Text from someone else's file must not steer a terminal or break a row of a table.
+    Text from someone else's file must not control a terminal or break a row of a table.
     """
     full = str(text)
     shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in full[:limit])

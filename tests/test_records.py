@@ -186,7 +186,7 @@ def test_show_of_nothing_is_one_line(folder, update, message):
 
 
 def test_show_prints_no_control_characters(tmp_path):
-    """A record may come from a stranger: its text must not steer the terminal."""
+    """A record may be someone else's: its text must not control the terminal."""
     cell = synthetic_cell("\x1b[2J", IMITATION, 0, 2, config={"\x07": "\x1b]0;x\x07"})
     folder = write_record(tmp_path, "s\x1b", cell, synthetic_updates(cell, 2))
     for text in (show(folder), show(folder, 1)):

@@ -391,7 +391,7 @@ def test_the_package_carries_the_committed_file():
 
 
 def test_files_without_an_end_and_not_in_utf8(tmp_path):
-    """Reading stops at the bound, whatever the file system says of the size."""
+    """Reading stops at the bound, whatever size the file system reports."""
     with pytest.raises(UserError, match=r"zero: larger than 1000000 bytes"):
         load_benchmarks(Path("/dev/zero"))
     with open(tmp_path / "large.yaml", "wb") as file:
@@ -406,7 +406,7 @@ def test_files_without_an_end_and_not_in_utf8(tmp_path):
 
 
 def test_a_billion_runs_are_refused(tmp_path):
-    """A slip in a number must not fill the memory before anything is said."""
+    """A mistyped number must be refused before it fills the memory."""
     for data, seeds in ((changed("suites", "core", "seeds", 10**9), None), (VALID, 10**9)):
         with pytest.raises(UserError, match="more than 100000 runs"):
             cells(get_suite(load(tmp_path, data), "core"), seeds=seeds)

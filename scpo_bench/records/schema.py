@@ -1,4 +1,4 @@
-"""What a record says: the cell that was run, the run, and one :class:`Update` per policy update."""
+"""The contents of a record: the cell, the run, and one :class:`Update` per policy update."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 A setting can be given for all suites (``defaults:`` of the file), for a suite, and for one of its
 tasks; the one nearest to the task applies, and only agents' configurations are merged, field by
 field. A suite with ``extends: SUITE`` starts from that suite's settings and tasks, and a task with
-``extends: TASK`` from the settings of an earlier task of the same suite. Only what stands further
-up in the file can be extended, so there are no cycles.
+``extends: TASK`` from the settings of an earlier task of the same suite. Only what is defined
+earlier in the file can be extended, so there are no cycles.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _task(value: Any) -> Any:
 
 
 class _SuiteEntry(Settings):
-    """A suite as it stands in the file."""
+    """A suite as it is written in the file."""
 
     extends: str | None = None
     description: str = ""
