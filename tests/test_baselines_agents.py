@@ -19,7 +19,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from scpo_bench.baselines.cpo import CPO, CPOConfig
+from scpo_bench.baselines.cpo import CPO
 from scpo_bench.baselines.cpo_dual import Case
 from scpo_bench.baselines.cvpo import CVPO
 from scpo_bench.baselines.on_policy import ConstrainedOnPolicy
@@ -87,8 +87,7 @@ class Recorder(BaseCallback):
         self.events.append("end")
 
 
-# ---- reproducibility and saving
-# -------------------------------------------------------------------------------------
+# ---- reproducibility and saving ----
 
 
 @pytest.mark.parametrize("agent_class", AGENTS)
@@ -128,7 +127,7 @@ def test_continuing_after_load_equals_never_having_stopped(agent_class, normalis
         file, VecNormalize(inner, gamma=0.9) if normalised else inner, force_reset=False
     )
     torch.manual_seed(123)  # neither torch's nor numpy's global generator may matter
-    np.random.seed(123)
+    np.random.seed(123)  # noqa: NPY002
     loaded.learn(total - kept["steps"], reset_num_timesteps=False)
     assert 0 < kept["steps"] < total
     assert loaded.num_timesteps == agent.num_timesteps
@@ -150,8 +149,7 @@ def test_predictions_survive_saving_without_an_environment(agent_class, tmp_path
     )
 
 
-# ---- interface
-# ------------------------------------------------------------------------------------------------------
+# ---- interface ----
 
 
 @pytest.mark.parametrize("agent_class", AGENTS)
@@ -249,8 +247,7 @@ def test_float64_spaces():
         assert np.isfinite(agent.predict(np.zeros((1, 1)), deterministic=True)[0]).all()
 
 
-# ---- errors
-# ---------------------------------------------------------------------------------------------------------
+# ---- errors ----
 
 
 class Faulty(MdpVecEnv):
@@ -336,51 +333,7 @@ def test_several_constraints_have_a_multiplier_each():
     assert agent.diagnostics["episodic_cost_energy"] == pytest.approx(0.4)
 
 
-# ---- CPO's line search
-# ----------------------------------------------------------------------------------------------
-
-
-def line_search(agent, direction_scale, c, recovery=False, **overrides):
-    """(theta before, theta after, result) of one line search on fresh data, direction = scale *
-    ones.
-    """
-    from scpo_bench.baselines.actors import actor_of
-
-    actor = actor_of(agent.policy)
-    batch = agent._batch(actor, agent._critics())
-    head = actor.head(batch.observations, batch.offset)
-    before = actor.mlp.theta.copy()
-    direction = np.full_like(before, direction_scale)
-    ones = np.ones(len(batch.observations), np.float32)
-    given = {"reward_advantages": 0 * ones, "cost_advantages": 0 * ones} | {
-        k: v * ones for k, v in overrides.items()
-    }
-    result = agent._line_search(actor, batch, head, direction, **given, c=c, recovery=recovery)
-    return before, actor.mlp.theta, result
-
-
-@pytest.fixture
-def collected():
-    agent = make(CPO)
-    agent.learn(400)
-    return agent
-
-
-@pytest.mark.parametrize("scale", [1e3, np.inf, np.nan])
-def test_failed_line_search_restores_exactly(collected, scale):
-    """Steps too long, and non-finite ones, are tried, shrunk, and then undone to the last bit."""
-    before, after, (surrogates, fraction, tried) = line_search(collected, scale, c=-1.0)
-    np.testing.assert_array_equal(before, after)
-    assert (fraction, tried, surrogates.kl) == (0.0, CPOConfig().line_search_steps, 0.0)
-
-
-def test_line_search_shrinks_past_a_non_finite_step(collected):
-    """A step that overflows must be shrunk like any other, not tried again at the same length."""
-    collected.config = CPOConfig(line_search_steps=200, line_search_shrink=0.5, target_kl=0.01)
-    before, after, (surrogates, fraction, _) = line_search(collected, 1e30, c=-1.0)
-    assert 0 < fraction < 1e-25
-    assert 0 < surrogates.kl <= 0.01
-    assert not np.array_equal(before, after)
+# ---- CPO ----
 
 
 def test_every_step_keeps_the_kl_bound_and_counts_its_case():
@@ -395,8 +348,7 @@ def test_every_step_keeps_the_kl_bound_and_counts_its_case():
         assert sum(d[f"updates_{case.name.lower()}"] for case in Case) == i
 
 
-# ---- unconstrained parents
-# ------------------------------------------------------------------------------------------
+# ---- unconstrained parents ----
 
 
 class ScaledCosts(MdpVecEnv):

@@ -29,8 +29,7 @@ from scpo_bench.configuration import resolve_config
 INSTANCES = 1000
 
 
-# ---- advantages
-# -----------------------------------------------------------------------------------------------------
+# ---- advantages ----
 
 
 def test_discounted_sums_restart_after_an_episode():
@@ -87,8 +86,7 @@ def test_advantages_equal_the_recursion_written_out():
     )
 
 
-# ---- multipliers
-# ----------------------------------------------------------------------------------------------------
+# ---- multipliers ----
 
 
 def test_multiplier_adam_by_hand():
@@ -138,8 +136,7 @@ def test_lagrangian_advantages_by_hand():
     np.testing.assert_allclose(mixed, [0.4, -1.4])
 
 
-# ---- CPO
-# ------------------------------------------------------------------------------------------------------------
+# ---- CPO ----
 
 
 def test_conjugate_gradient_by_hand():
@@ -305,8 +302,7 @@ def test_trust_region_step_agrees_with_cvxpy():
     assert infeasible > 100
 
 
-# ---- CVPO
-# -----------------------------------------------------------------------------------------------------------
+# ---- CVPO ----
 
 
 def test_cost_threshold_by_hand():
@@ -574,8 +570,7 @@ def test_weighted_likelihood_is_the_sum_over_samples():
     assert difference.item() == pytest.approx((direct(*other) - direct(mean, std)).item())
 
 
-# ---- costs and configuration
-# ----------------------------------------------------------------------------------------
+# ---- costs and configuration ----
 
 
 def test_episode_costs_are_of_this_update_only():

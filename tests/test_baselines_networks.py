@@ -63,8 +63,7 @@ def test_networks_are_written_back():
 
 
 def test_unsupported_activation_is_refused():
-    """A network that the hand-written derivatives do not cover must be refused, not approximated.
-    """
+    """A network that the hand-written derivatives do not cover is refused, not approximated."""
     with pytest.raises(ValueError, match=r"activation_fn: expected nn\.Tanh or nn\.ReLU"):
         sequential_layers(nn.Sequential(nn.Linear(2, 2), nn.ELU(), nn.Linear(2, 1)))
 
@@ -213,8 +212,7 @@ def test_critics_equal_the_networks_written_out():
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
-# ---- replay
-# ---------------------------------------------------------------------------------------------------------
+# ---- replay ----
 
 
 def filled_replay(rows, ends=(), terminated=(), capacity=8):
