@@ -173,7 +173,7 @@ def _centred(q: Array) -> tuple[Array, float]:
 
 
 def _eta_residual(kl: float, eps: float, log_eta: float) -> float:
-    """Relative violation of KL = eps; KL <= eps counts where no tilt reaches eps."""
+    """Relative violation of KL = eps; at the smallest eta, KL below eps is no violation."""
     return max(kl / eps - 1.0, 0.0) if log_eta <= MIN_LOG_ETA + 1e-6 else abs(kl / eps - 1.0)
 
 

@@ -101,7 +101,8 @@ class Critics(nn.Module):
         B, K, A = actions.shape
         scaled = (actions - self.centre) / self.half_range
         values = observations.new_empty(self.n, B * K)
-        inner = list(zip(self.weights, self.biases))[:-1]
+        weights, biases = list(self.weights), list(self.biases)
+        inner = list(zip(weights, biases))[:-1]
         states = max(SLICE_ROWS // K, 1)
         for n in range(self.n):
             state_part = torch.addmm(self.first_bias[n], observations, self.state_weight[n])
@@ -112,8 +113,8 @@ class Critics(nn.Module):
                 for weight, bias in inner:
                     hidden = torch.addmm(bias[n], hidden, weight[n]).relu_()
                 rows = slice(start * K, start * K + len(hidden))
-                torch.mv(hidden, self.weights[-1][n, :, 0], out=values[n, rows])
-        return (values + self.biases[-1].squeeze(2)).view(self.n, B, K)
+                torch.mv(hidden, weights[-1][n, :, 0], out=values[n, rows])
+        return (values + biases[-1].squeeze(2)).view(self.n, B, K)
 
     @torch.no_grad()
     def regression(self, observations: Tensor, actions: Tensor, targets: Tensor) -> Tensor:
@@ -124,27 +125,28 @@ class Critics(nn.Module):
         for parameter in self.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
+        weights, biases = list(self.weights), list(self.biases)
         scaled = (actions - self.centre) / self.half_range
         errors = torch.empty_like(targets)
         for n in range(self.n):
             first = torch.addmm(self.first_bias[n], observations, self.state_weight[n])
             hidden = [first.addmm_(scaled, self.action_weight[n]).relu_()]
-            for weight, bias in zip(list(self.weights)[:-1], list(self.biases)[:-1]):
+            for weight, bias in zip(weights[:-1], biases[:-1]):
                 hidden.append(torch.addmm(bias[n], hidden[-1], weight[n]).relu_())
-            last_weight = self.weights[-1][n, :, 0]
-            errors[n] = torch.mv(hidden[-1], last_weight) + self.biases[-1][n, 0] - targets[n]
+            last_weight = weights[-1][n, :, 0]
+            errors[n] = torch.mv(hidden[-1], last_weight) + biases[-1][n, 0] - targets[n]
 
             d_value = errors[n] * (2.0 / len(targets[n]))
-            _grad(self.weights[-1])[n, :, 0] = torch.mv(hidden[-1].T, d_value)
-            _grad(self.biases[-1])[n] = d_value.sum()
+            _grad(weights[-1])[n, :, 0] = torch.mv(hidden[-1].T, d_value)
+            _grad(biases[-1])[n] = d_value.sum()
             delta = torch.outer(d_value, last_weight)
             for layer in range(len(hidden) - 1, -1, -1):
                 delta.mul_(hidden[layer] > 0)
-                bias = self.biases[layer - 1] if layer else self.first_bias
+                bias = biases[layer - 1] if layer else self.first_bias
                 torch.sum(delta, dim=0, keepdim=True, out=_grad(bias)[n])
                 if layer:
-                    torch.mm(hidden[layer - 1].T, delta, out=_grad(self.weights[layer - 1])[n])
-                    delta = torch.mm(delta, self.weights[layer - 1][n].T)
+                    torch.mm(hidden[layer - 1].T, delta, out=_grad(weights[layer - 1])[n])
+                    delta = torch.mm(delta, weights[layer - 1][n].T)
             torch.mm(observations.T, delta, out=_grad(self.state_weight)[n])
             torch.mm(scaled.T, delta, out=_grad(self.action_weight)[n])
         return errors.square_().mean(dim=1)

@@ -1,6 +1,4 @@
-"""Two small constrained MDPs with known optima, as Gymnasium environments and as one vectorised
-environment of each.
-"""
+"""Two small constrained MDPs with known optima, as scalar and vectorised environments."""
 
 from __future__ import annotations
 
@@ -9,6 +7,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
 
@@ -20,9 +19,10 @@ class TwoState:
     and the reward per step 3/4 p0 (2 - p0) + 1/10 p1 (2 - p1) falls in p1 along that line, so p =
     (1/3, 0) is optimal with 3/4 * 5/9 = 5/12 per step. (The first steps, from state 0, change an
     episode of 40 by less than one percent.)
+
     Observation: one-hot state. Action: Box(-1, 1), p = (a + 1) / 2; or, ``discrete``, p itself in
-    {0, 1}: there the reward is 1 for a move 0 -> 1 and 0.4 for staying in 1, the best use of the
-    limit is all on the former, and the optimum is 1/4 per step.
+    {0, 1}. There the reward is 1 for a move 0 -> 1 and 0.4 for staying in 1, spending the whole
+    limit on the former is best, and the optimum is 1/4 per step.
     """
 
     steps = 40
@@ -123,10 +123,14 @@ class MdpEnv(gym.Env):
 
 
 class MdpVecEnv(VecEnv):
-    """``num_envs`` copies in one array: quick, and copyable in mid-episode (``copy.deepcopy``)."""
+    """``num_envs`` copies in one array: quick, and copyable in mid-episode (``copy.deepcopy``).
+
+    ``finished`` holds the mean (return, cost) of each set of ``num_envs`` episodes so far.
+    """
 
     def __init__(self, mdp: Any, num_envs: int = 10) -> None:
         self.mdp = mdp
+        self.finished: list[NDArray[np.float64]] = []
         super().__init__(num_envs, mdp.observation_space, mdp.action_space)
         self.rng = np.random.default_rng(0)
 
@@ -138,6 +142,7 @@ class MdpVecEnv(VecEnv):
 
     def _start(self) -> Any:
         self.state, self.elapsed = self.mdp.start(self.num_envs, self.rng), 0
+        self.sums = np.zeros(2)
         return self.mdp.observe(self.state)
 
     def step_async(self, actions: Any) -> None:
@@ -146,12 +151,14 @@ class MdpVecEnv(VecEnv):
     def step_wait(self) -> Any:
         self.state, rewards, costs = self.mdp.step(self.state, self.actions, self.rng)
         self.elapsed += 1
+        self.sums += rewards.mean(), costs.mean()
         infos: list[dict[str, Any]] = [{"cost": float(cost)} for cost in costs]
         done = self.elapsed >= self.mdp.steps
         observations = self.mdp.observe(self.state)
         if done:
             for info, observation in zip(infos, observations):
                 info |= {"TimeLimit.truncated": True, "terminal_observation": observation}
+            self.finished.append(self.sums)
             observations = self._start()
         return observations, rewards.astype(np.float32), np.full(self.num_envs, done), infos
 

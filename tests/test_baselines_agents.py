@@ -1,6 +1,4 @@
-"""The agents as Stable-Baselines3 algorithms: interface, reproducibility, saving, errors, and their
-unconstrained parents.
-"""
+"""The agents as Stable-Baselines3 algorithms: interface, saving, errors, unconstrained parents."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
-from scpo_bench.baselines.cpo import CPO, CPOConfig
+from scpo_bench.baselines.cpo import CPO
 from scpo_bench.baselines.cpo_dual import Case
 from scpo_bench.baselines.cvpo import CVPO
 from scpo_bench.baselines.on_policy import ConstrainedOnPolicy
@@ -65,8 +63,9 @@ def parameters(agent):
 
 
 class Recorder(BaseCallback):
-    """Collects the order of callback events and the diagnostics at each rollout start; calls
-    ``at[n]`` at the n-th start.
+    """Collects callback events and the diagnostics at each rollout start.
+
+    at: functions to call at the n-th rollout start, by n.
     """
 
     def __init__(self, at=None):
@@ -87,13 +86,12 @@ class Recorder(BaseCallback):
         self.events.append("end")
 
 
-# ---- reproducibility and saving
-# -------------------------------------------------------------------------------------
+# ---- reproducibility and saving ----
 
 
 @pytest.mark.parametrize("agent_class", AGENTS)
 def test_same_seed_same_parameters(agent_class):
-    """A benchmark cell must be reproducible bit for bit; another seed must give another run."""
+    """A benchmark cell is reproducible bit for bit; another seed gives another run."""
     first, second, other = (make(agent_class, seed=s).learn(STEPS[agent_class]) for s in (3, 3, 4))
     np.testing.assert_array_equal(parameters(first), parameters(second))
     assert first.diagnostics == second.diagnostics
@@ -103,11 +101,11 @@ def test_same_seed_same_parameters(agent_class):
 @pytest.mark.parametrize("normalised", [False, True])
 @pytest.mark.parametrize("agent_class", AGENTS)
 def test_continuing_after_load_equals_never_having_stopped(agent_class, normalised):
-    """Anything missing from the file (an optimiser's moments, a generator, a multiplier, the
-    replay) shows up here.
+    """A saved file holds the whole training state.
 
-    Saved at the third rollout start inside ``learn``, environments copied in the state they are in
-    at that moment.
+    Anything missing (an optimiser's moments, a generator, a multiplier, the replay) shows up here.
+    The agent is saved at the third rollout start inside ``learn``, and the environments are copied
+    in their state at that moment.
     """
     env = MdpVecEnv(Speed(), 5)
     env = VecNormalize(env, gamma=0.9) if normalised else env
@@ -128,7 +126,7 @@ def test_continuing_after_load_equals_never_having_stopped(agent_class, normalis
         file, VecNormalize(inner, gamma=0.9) if normalised else inner, force_reset=False
     )
     torch.manual_seed(123)  # neither torch's nor numpy's global generator may matter
-    np.random.seed(123)
+    np.random.seed(123)  # noqa: NPY002
     loaded.learn(total - kept["steps"], reset_num_timesteps=False)
     assert 0 < kept["steps"] < total
     assert loaded.num_timesteps == agent.num_timesteps
@@ -150,14 +148,15 @@ def test_predictions_survive_saving_without_an_environment(agent_class, tmp_path
     )
 
 
-# ---- interface
-# ------------------------------------------------------------------------------------------------------
+# ---- interface ----
 
 
 @pytest.mark.parametrize("agent_class", AGENTS)
 def test_updates_lie_between_rollouts_and_publish_diagnostics(agent_class):
-    """The harness counts an update per rollout end -> rollout start, and reads plain finite floats
-    at the latter.
+    """Updates happen between rollouts, and publish plain finite floats.
+
+    The harness counts an update from a rollout's end to the next one's start, and reads diagnostics
+    there.
     """
     recorder = Recorder()
     agent = make(agent_class)
@@ -178,9 +177,7 @@ def test_updates_lie_between_rollouts_and_publish_diagnostics(agent_class):
 
 @pytest.mark.parametrize("agent_class", AGENTS)
 def test_works_with_sb3_wrappers_monitor_and_evaluation(agent_class):
-    """gym.make-style environments, DummyVecEnv, VecNormalize and evaluate_policy, as with any SB3
-    agent.
-    """
+    """DummyVecEnv, VecNormalize, TimeLimit and evaluate_policy work as with any SB3 agent."""
     env = make_vec_env(lambda: MdpEnv(Speed()), n_envs=2, seed=0)
     agent = make(agent_class, VecNormalize(env, norm_reward=False))
     agent.learn(STEPS[agent_class] // 2)
@@ -197,9 +194,7 @@ def test_works_with_sb3_wrappers_monitor_and_evaluation(agent_class):
 
 @pytest.mark.parametrize("agent_class", AGENTS)
 def test_starts_at_the_backup(agent_class):
-    """``start: backup``: the untrained policy is the backup, exactly, and training moves away from
-    it.
-    """
+    """``start: backup``: the untrained policy is exactly the backup, and training changes it."""
     backup = AffineBackup([[-0.5]], [0.25])
     policy = "MlpPolicy" if agent_class is CVPO else BackupActorCriticPolicy
     config = SMALL[agent_class] | {"cost_limit": np.inf}
@@ -229,7 +224,7 @@ def test_starts_at_the_backup(agent_class):
 
 
 def test_discrete_actions_on_policy():
-    """PPO-Lagrangian and CPO cover discrete actions; CVPO's Gaussian says that it does not."""
+    """PPO-Lagrangian and CPO support discrete actions; CVPO, a Gaussian, refuses them."""
     for agent_class in (PPOLagrangian, CPO):
         agent = make(agent_class, MdpVecEnv(TwoState(discrete=True), 5)).learn(800)
         assert agent.predict(np.eye(2, dtype=np.float32))[0].shape == (2,)
@@ -238,9 +233,7 @@ def test_discrete_actions_on_policy():
 
 
 def test_float64_spaces():
-    """Safety-Gymnasium's spaces are float64; networks and buffers are float32, and the two must
-    meet.
-    """
+    """Safety-Gymnasium's float64 spaces work with the agents' float32 networks and buffers."""
     mdp = Speed()
     mdp.observation_space = gym.spaces.Box(-2.0, 2.0, (1,), np.float64)
     mdp.action_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float64)
@@ -249,8 +242,7 @@ def test_float64_spaces():
         assert np.isfinite(agent.predict(np.zeros((1, 1)), deterministic=True)[0]).all()
 
 
-# ---- errors
-# ---------------------------------------------------------------------------------------------------------
+# ---- errors ----
 
 
 class Faulty(MdpVecEnv):
@@ -280,8 +272,9 @@ class Faulty(MdpVecEnv):
     ("field", "value"), [("observation", np.nan), ("reward", np.inf), ("cost", np.nan)]
 )
 def test_non_finite_values_stop_the_run(agent_class, field, value):
-    """A NaN must not be learnt from: the run stops and says where (5 environments, 7th step: step
-    35).
+    """A NaN is never learnt from: the run stops and says where.
+
+    Five environments, 7th step: step 35.
     """
     with pytest.raises(FloatingPointError, match=f"step 35, environment 3: {field} is not finite"):
         make(agent_class, Faulty(field, value)).learn(1000)
@@ -289,7 +282,7 @@ def test_non_finite_values_stop_the_run(agent_class, field, value):
 
 @pytest.mark.parametrize("agent_class", AGENTS)
 def test_missing_cost_is_an_error(agent_class):
-    """An environment without costs must not count as safe."""
+    """An environment without costs does not count as safe."""
     with pytest.raises(KeyError, match="environment 3: info has no 'cost'"):
         make(agent_class, Faulty("missing", None)).learn(1000)
 
@@ -310,7 +303,7 @@ def test_configuration_errors_name_the_field(agent_class):
 
 @pytest.mark.parametrize("agent_class", [CPO, CVPO])
 def test_several_constraints_are_refused_where_the_dual_has_one(agent_class):
-    """Taking the first and ignoring the others would be unsafe."""
+    """CPO and CVPO refuse several constraints: using only the first would be unsafe."""
     with pytest.raises(ValueError, match="one constraint"):
         make(agent_class, cost_keys=("cost", "other"), cost_limit=(1.0, 2.0))
 
@@ -326,7 +319,7 @@ class TwoCosts(MdpVecEnv):
 
 
 def test_several_constraints_have_a_multiplier_each():
-    """The violated constraint's multiplier rises, the satisfied one's falls to zero and stays."""
+    """The violated constraint's multiplier rises; the satisfied one's falls to zero and stays."""
     agent = make(
         PPOLagrangian, TwoCosts(Speed(), 5), cost_keys=["cost", "energy"], cost_limit=[0.0, 100.0]
     )
@@ -336,57 +329,11 @@ def test_several_constraints_have_a_multiplier_each():
     assert agent.diagnostics["episodic_cost_energy"] == pytest.approx(0.4)
 
 
-# ---- CPO's line search
-# ----------------------------------------------------------------------------------------------
-
-
-def line_search(agent, direction_scale, c, recovery=False, **overrides):
-    """(theta before, theta after, result) of one line search on fresh data, direction = scale *
-    ones.
-    """
-    from scpo_bench.baselines.actors import actor_of
-
-    actor = actor_of(agent.policy)
-    batch = agent._batch(actor, agent._critics())
-    head = actor.head(batch.observations, batch.offset)
-    before = actor.mlp.theta.copy()
-    direction = np.full_like(before, direction_scale)
-    ones = np.ones(len(batch.observations), np.float32)
-    given = {"reward_advantages": 0 * ones, "cost_advantages": 0 * ones} | {
-        k: v * ones for k, v in overrides.items()
-    }
-    result = agent._line_search(actor, batch, head, direction, **given, c=c, recovery=recovery)
-    return before, actor.mlp.theta, result
-
-
-@pytest.fixture
-def collected():
-    agent = make(CPO)
-    agent.learn(400)
-    return agent
-
-
-@pytest.mark.parametrize("scale", [1e3, np.inf, np.nan])
-def test_failed_line_search_restores_exactly(collected, scale):
-    """Steps too long, and non-finite ones, are tried, shrunk, and then undone to the last bit."""
-    before, after, (surrogates, fraction, tried) = line_search(collected, scale, c=-1.0)
-    np.testing.assert_array_equal(before, after)
-    assert (fraction, tried, surrogates.kl) == (0.0, CPOConfig().line_search_steps, 0.0)
-
-
-def test_line_search_shrinks_past_a_non_finite_step(collected):
-    """A step that overflows must be shrunk like any other, not tried again at the same length."""
-    collected.config = CPOConfig(line_search_steps=200, line_search_shrink=0.5, target_kl=0.01)
-    before, after, (surrogates, fraction, _) = line_search(collected, 1e30, c=-1.0)
-    assert 0 < fraction < 1e-25
-    assert 0 < surrogates.kl <= 0.01
-    assert not np.array_equal(before, after)
+# ---- CPO ----
 
 
 def test_every_step_keeps_the_kl_bound_and_counts_its_case():
-    """The policy's summed KL per update stays within the trust region; every update is counted in
-    one case.
-    """
+    """Every policy update stays within the trust region and is counted in one case."""
     recorder = Recorder()
     make(CPO, target_kl=0.02).learn(4000, recorder)
     updates = [d for d in recorder.diagnostics if d]
@@ -395,8 +342,7 @@ def test_every_step_keeps_the_kl_bound_and_counts_its_case():
         assert sum(d[f"updates_{case.name.lower()}"] for case in Case) == i
 
 
-# ---- unconstrained parents
-# ------------------------------------------------------------------------------------------
+# ---- unconstrained parents ----
 
 
 class ScaledCosts(MdpVecEnv):
@@ -426,7 +372,7 @@ def test_costs_do_not_matter_without_a_limit(agent_class):
 
 
 def test_ppo_lagrangian_without_a_limit_takes_ppos_step():
-    """One minibatch gradient against SB3's own PPO loss, written with its policy and autograd."""
+    """Without a limit a minibatch step equals PPO's, written with SB3's policy and autograd."""
     agent = make(
         PPOLagrangian, cost_limit=np.inf, critic_passes=1, batch_size=400, max_grad_norm=1e9, seed=5
     )
@@ -460,8 +406,9 @@ def test_ppo_lagrangian_without_a_limit_takes_ppos_step():
 
 
 def test_cpo_without_a_limit_takes_trpos_step():
-    """The step is the natural gradient scaled to the trust region: its quadratic KL is delta, and
-    case 1 or 2 fires.
+    """Without a limit the step is the natural gradient, scaled to the trust region.
+
+    Its quadratic KL is delta, and case 1 or 2 fires.
     """
     recorder = Recorder()
     agent = make(CPO, cost_limit=np.inf, cg_damping=1e-3, target_kl=1e-3)
@@ -488,9 +435,7 @@ UNCONSTRAINED = {
 
 @pytest.mark.parametrize("agent_class", AGENTS)
 def test_without_a_limit_the_unconstrained_optimum_is_reached(agent_class):
-    """Speed's unconstrained optimum is full throttle: within 5 %, far above what the limit would
-    allow.
-    """
+    """Without a limit the agents reach the unconstrained optimum, full throttle, within 5 %."""
     agent = make(agent_class, cost_limit=np.inf, **UNCONSTRAINED[agent_class])
     agent.learn(12_000 if agent_class is not CVPO else 3000)
     reached, _ = episode_means(agent, Speed(), deterministic=True)
@@ -498,9 +443,7 @@ def test_without_a_limit_the_unconstrained_optimum_is_reached(agent_class):
 
 
 def test_cvpo_recovers_counted_and_reports_kkt():
-    """A limit of zero cannot be met by any reweighting here: recovery steps are taken, counted, and
-    lower the cost.
-    """
+    """Where no reweighting meets the limit of zero, recovery steps are taken and counted."""
     recorder = Recorder()
     agent = make(CVPO, cost_limit=0.0, gamma=0.9, initial_std=0.3)
     agent.learn(1500, recorder)
@@ -514,8 +457,9 @@ def test_cvpo_recovers_counted_and_reports_kkt():
 
 
 def test_gym_registered_time_limit_sets_cvpos_threshold():
-    """T comes from the environment's own time limit: 40 steps, so d = C (1 - gamma^40) / ((1 -
-    gamma) 40).
+    """T in CVPO's threshold comes from the environment's own time limit.
+
+    40 steps, so d = C (1 - gamma^40) / ((1 - gamma) 40).
     """
     gym.register("TestSpeed-v0", entry_point=lambda: MdpEnv(Speed()), max_episode_steps=40)
     try:

@@ -1,9 +1,8 @@
-"""The pure functions of the baselines: hand-computed numbers, independent solvers, and properties
-that must hold.
-"""
+"""The baselines' pure functions against numbers by hand, independent solvers and properties."""
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 
 import cvxpy as cp
@@ -29,23 +28,21 @@ from scpo_bench.configuration import resolve_config
 INSTANCES = 1000
 
 
-# ---- advantages
-# -----------------------------------------------------------------------------------------------------
+# ---- advantages ----
 
 
 def test_discounted_sums_restart_after_an_episode():
-    """A sum leaking over an episode's end would credit the next episode's rewards."""
+    """A sum does not leak over an episode's end, which would credit the next episode's rewards."""
     rewards = np.array([[1.0], [2.0], [4.0], [8.0]])
     ends = np.array([[False], [True], [False], [False]])
     np.testing.assert_allclose(discounted_sums(rewards, ends, 0.5)[:, 0], [2.0, 2.0, 8.0, 8.0])
 
 
 def test_advantages_with_truncation_and_termination():
-    """Truncation must bootstrap, termination must not, and neither may leak into the episode after
-    it.
+    """Truncation bootstraps, termination does not, and neither leaks into the next episode.
 
     gamma = 1/2, lambda = 1/2. Environment 0 is truncated at t=1 (terminal value 4), environment 1
-    terminates there. By hand: t=2: delta = 1 + 2/2 - 2 = 0;  t=1: truncated 1 + 4/2 - 2 = 1,
+    terminates there. By hand: t=2: delta = 1 + 2/2 - 2 = 0; t=1: truncated 1 + 4/2 - 2 = 1,
     terminated 1 + 0 - 2 = -1; t=0: delta = 1 + 2/2 - 2 = 0, plus 1/4 of t=1: 0.25 and -0.25.
     """
     ends = np.array([[False, False], [True, True], [False, False]])
@@ -59,7 +56,7 @@ def test_advantages_with_truncation_and_termination():
 
 
 def test_advantages_of_several_signals_have_their_own_discounts():
-    """Costs have their own gamma and lambda; stacking the signals must not mix them."""
+    """Costs have their own gamma and lambda; stacking the signals does not mix them."""
     rng = np.random.default_rng(0)
     rewards, values, following = rng.normal(size=(3, 2, 7, 4))
     ends = rng.random((7, 4)) < 0.2
@@ -87,14 +84,11 @@ def test_advantages_equal_the_recursion_written_out():
     )
 
 
-# ---- multipliers
-# ----------------------------------------------------------------------------------------------------
+# ---- multipliers ----
 
 
 def test_multiplier_adam_by_hand():
-    """First Adam step is lr * sign(excess) (bias corrections cancel): 0.1 + 0.05 for a violation,
-    projected at 0 below.
-    """
+    """The first Adam step is lr * sign(excess), as bias corrections cancel; projected at 0."""
     up = projected_adam_ascent(Multipliers.start([0.1]), [3.0], lr=0.05)
     assert up.value == pytest.approx([0.15], abs=1e-9)
     down = projected_adam_ascent(Multipliers.start([0.01]), [-3.0], lr=0.05)
@@ -106,8 +100,9 @@ def test_multiplier_adam_by_hand():
 
 
 def test_multiplier_does_not_wind_up():
-    """After a long feasible time a violation must raise the multiplier at once; a wound-up moment
-    would hold it at 0.
+    """After a long feasible time a violation raises the multiplier at once.
+
+    A wound-up moment would hold it at 0.
     """
     state = Multipliers.start([0.0])
     for _ in range(200):
@@ -117,14 +112,14 @@ def test_multiplier_does_not_wind_up():
 
 
 def test_multiplier_of_an_infinite_limit_is_zero():
-    """cost_limit = inf must switch the constraint off, exactly, whatever the multiplier was."""
+    """cost_limit = inf switches the constraint off, exactly, whatever the multiplier was."""
     state = projected_adam_ascent(Multipliers.start([0.3, 0.3]), [-np.inf, 1.0], lr=0.05)
     assert state.value[0] == 0.0
     assert state.value[1] == pytest.approx(0.35)
 
 
 def test_projected_ascent_stays_in_its_interval():
-    """The M-step's multipliers must never be stored outside [0, highest]."""
+    """The M-step's multipliers are never stored outside [0, highest]."""
     assert projected_ascent(0.1, -5.0, 0.1, 10.0) == 0.0
     assert projected_ascent(9.9, 5.0, 0.1, 10.0) == 10.0
     assert projected_ascent(1.0, 2.0, 0.1, 10.0) == pytest.approx(1.2)
@@ -138,14 +133,11 @@ def test_lagrangian_advantages_by_hand():
     np.testing.assert_allclose(mixed, [0.4, -1.4])
 
 
-# ---- CPO
-# ------------------------------------------------------------------------------------------------------------
+# ---- CPO ----
 
 
 def test_conjugate_gradient_by_hand():
-    """[[4, 1], [1, 3]] x = [1, 2] has the solution [1/11, 7/11]; two iterations suffice in two
-    dimensions.
-    """
+    """[[4, 1], [1, 3]] x = [1, 2] has the solution [1/11, 7/11], found in two iterations."""
     matrix = np.array([[4.0, 1.0], [1.0, 3.0]])
     np.testing.assert_allclose(
         conjugate_gradient(lambda v: matrix @ v, np.array([1.0, 2.0]), 2), [1 / 11, 7 / 11]
@@ -153,7 +145,7 @@ def test_conjugate_gradient_by_hand():
 
 
 def test_conjugate_gradient_of_zero_is_zero():
-    """A vanishing cost gradient must not divide by zero."""
+    """A vanishing cost gradient does not divide by zero."""
     assert not conjugate_gradient(lambda v: v, np.zeros(3), 5).any()
 
 
@@ -205,8 +197,9 @@ def test_trust_region_step_by_hand(q, r, s, c, case, on_reward, on_cost):
 
 
 def random_trust_region(rng):
-    """(g, b, c, delta) in two dimensions with H = I: every instance reduces to this by x -> H^{1/2}
-    x in span(g, b).
+    """(g, b, c, delta) in two dimensions with H = I.
+
+    Every instance reduces to this by x -> H^{1/2} x in span(g, b).
     """
     g, b = rng.normal(size=(2, 2)) * 10.0 ** rng.uniform(-2, 2, size=(2, 1))
     if rng.random() < 0.1:
@@ -217,9 +210,9 @@ def random_trust_region(rng):
 
 
 def solve_trust_region_by_angle(g, b, c, delta):
-    """Best objective by enumeration of where the optimum can lie:
+    """The best objective, by enumerating the points where the optimum can lie.
 
-    TRPO's point or the circle's ends of the constraint's chord.
+    These are TRPO's point and the ends of the constraint's chord of the circle.
     """
     radius = np.sqrt(2 * delta)
     candidates = [radius * g / np.linalg.norm(g)]
@@ -234,9 +227,7 @@ def solve_trust_region_by_angle(g, b, c, delta):
 
 
 def test_trust_region_step_on_random_instances():
-    """1000 instances against enumeration in the plane: feasible, within the trust region, and
-    optimal.
-    """
+    """1000 instances are feasible, within the trust region, and optimal by enumeration."""
     rng = np.random.default_rng(0)
     seen = set()
     for _ in range(INSTANCES):
@@ -305,14 +296,11 @@ def test_trust_region_step_agrees_with_cvxpy():
     assert infeasible > 100
 
 
-# ---- CVPO
-# -----------------------------------------------------------------------------------------------------------
+# ---- CVPO ----
 
 
 def test_cost_threshold_by_hand():
-    """C = 10 over T = 2 steps at gamma = 1/2: 10 (1 - 1/4) / (1/2 * 2) = 7.5; undiscounted it is C
-    itself.
-    """
+    """C = 10, T = 2, gamma = 1/2: 10 (1 - 1/4) / (1/2 * 2) = 7.5; undiscounted it is C."""
     assert cost_threshold(10.0, 0.5, 2) == pytest.approx(7.5)
     assert cost_threshold(10.0, 1.0, 2) == 10.0
 
@@ -326,8 +314,9 @@ def test_softmax_with_kl_by_hand():
 
 
 def test_e_step_without_constraint_by_hand():
-    """Two actions worth 0 and 1; with eps = KL((1/4, 3/4) || uniform) the answer is that q, at eta
-    = 1 / ln 3.
+    """Two actions worth 0 and 1, with eps = KL((1/4, 3/4) || uniform).
+
+    The answer is that q, at eta = 1 / ln 3.
     """
     eps = 0.75 * np.log(3.0) - np.log(2.0)
     solved = e_step(np.array([[0.0, 1.0]]), np.zeros((1, 2)), eps, np.inf)
@@ -337,12 +326,10 @@ def test_e_step_without_constraint_by_hand():
 
 
 def test_e_step_with_active_cost_by_hand():
-    """Built backwards from q = (1/2, 1/4, 1/4), Q_c = (1, 1, 0), eta = lam = 1:
+    """Built backwards from q = (1/2, 1/4, 1/4), Q_c = (1, 1, 0) and eta = lam = 1.
 
-    Q_r = ln(4 q) + Q_c = (1 + ln 2, 1, 0).
-
-    With eps = KL(q || uniform) = ln 3 - 3/2 ln 2 and d = E_q[Q_c] = 3/4 both constraints are active
-    at exactly this q.
+    Q_r = ln(4 q) + Q_c = (1 + ln 2, 1, 0). With eps = KL(q || uniform) = ln 3 - 3/2 ln 2 and d =
+    E_q[Q_c] = 3/4 both constraints are active at exactly this q.
     """
     eps = np.log(3.0) - 1.5 * np.log(2.0)
     solved = e_step(np.array([[1 + np.log(2.0), 1.0, 0.0]]), np.array([[1.0, 1.0, 0.0]]), eps, 0.75)
@@ -352,8 +339,9 @@ def test_e_step_with_active_cost_by_hand():
 
 
 def test_e_step_infeasible_by_hand():
-    """No q within eps reaches the threshold: the answer has the lowest cost in the ball, here (3/4,
-    1/4), and is flagged.
+    """No q within eps reaches the threshold: the result is flagged.
+
+    It has the lowest cost in the ball, here (3/4, 1/4).
     """
     eps = 0.75 * np.log(3.0) - np.log(2.0)
     solved = e_step(np.array([[0.0, 5.0]]), np.array([[0.0, 1.0]]), eps, 0.1)
@@ -382,18 +370,19 @@ def random_e_step(rng, states, actions):
 
 
 def test_e_step_satisfies_the_optimality_conditions_on_random_instances():
-    """1000 instances:
+    """1000 instances satisfy the KKT conditions, which imply optimality.
 
-    KL in its bound, cost at its threshold, complementary slackness, softmax form. These imply
-    optimality.
+    KL in its bound, cost at its threshold, complementary slackness, softmax form.
     """
     rng = np.random.default_rng(2)
     recoveries = active = 0
+    iterations = []
     for _ in range(INSTANCES):
         q_reward, q_cost, eps, threshold = random_e_step(
             rng, rng.integers(2, 40), rng.integers(2, 33)
         )
         solved = e_step(q_reward, q_cost, eps, threshold)
+        iterations.append(solved.iterations)
         scale = (q_cost - q_cost.mean(axis=1, keepdims=True)).std()
         np.testing.assert_allclose(solved.weights.sum(axis=1), 1.0, atol=1e-12)
         assert solved.kl <= eps * (1 + 1e-8)
@@ -412,10 +401,14 @@ def test_e_step_satisfies_the_optimality_conditions_on_random_instances():
             np.testing.assert_allclose(solved.weights, form, atol=1e-7)
     assert recoveries > 100
     assert active > 100
+    # Newton's method converges quadratically; a wrong derivative would still descend, but slowly.
+    assert np.median(iterations) <= 4
+    assert np.quantile(iterations, 0.99) <= 12
+    assert max(iterations) <= 25
 
 
 def test_e_step_multipliers_agree_with_scipy():
-    """(eta, lam) themselves, from nested scalar solvers:
+    """(eta, lam) themselves agree with nested scalar solvers.
 
     Brent's root for KL = eps inside Brent's root for the cost.
     """
@@ -443,7 +436,7 @@ def test_e_step_multipliers_agree_with_scipy():
 
 
 def test_e_step_agrees_with_cvxpy():
-    """The primal, as an exponential cone program, infeasible instances included."""
+    """The primal agrees with an exponential cone program, infeasible instances included."""
     rng = np.random.default_rng(4)
     states, actions = 4, 5
     q = cp.Variable((states, actions), nonneg=True)
@@ -481,7 +474,7 @@ def test_e_step_agrees_with_cvxpy():
 
 
 def test_recovery_has_the_lowest_reachable_cost():
-    """The recovery q against scipy's direct minimisation of the expected cost over the KL ball."""
+    """The recovery q agrees with scipy's direct minimisation of the cost over the KL ball."""
     rng = np.random.default_rng(5)
     for _ in range(10):
         cost, eps = rng.normal(size=(1, 4)), 0.1
@@ -506,9 +499,7 @@ def test_recovery_has_the_lowest_reachable_cost():
 
 @pytest.mark.parametrize("cost", [0.0, 2.0])
 def test_e_step_when_actions_make_no_difference(cost):
-    """Constant Q values (an untrained critic) give the uniform q, no division by zero; a constant
-    excess is a recovery.
-    """
+    """Constant Q values (an untrained critic) give the uniform q; constant excess is a recovery."""
     solved = e_step(np.full((3, 4), 7.0), np.full((3, 4), cost), 0.02, 1.0)
     np.testing.assert_allclose(solved.weights, 0.25)
     assert solved.recovery == (cost > 1.0)
@@ -519,7 +510,7 @@ def test_e_step_when_actions_make_no_difference(cost):
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 10**6), st.floats(1e-4, 0.5))
 def test_tilt_reaches_its_kl(seed, eps):
-    """The tilt used in recovery meets KL = eps, unless even the greedy q has less."""
+    """The tilt used in recovery meets KL = eps."""
     scores = np.random.default_rng(seed).normal(size=(5, 6))
     weights, _, _ = tilt_to_kl(scores, eps)
     kl = float(np.mean(np.sum(weights * np.log(np.maximum(6 * weights, 1e-300)), axis=1)))
@@ -528,14 +519,16 @@ def test_tilt_reaches_its_kl(seed, eps):
 
 def test_effective_sample_size_by_hand():
     """Uniform over four counts four; (1/2, 1/2, 0, 0) counts two; their mean is three."""
-    solved = e_step(np.zeros((1, 4)), np.zeros((1, 4)), 0.1, np.inf)
-    assert solved.effective_sample_size() == pytest.approx(4.0)
+    weights = np.array([[0.25, 0.25, 0.25, 0.25], [0.5, 0.5, 0.0, 0.0]])
+    solved = dataclasses.replace(e_step(weights, weights, 0.1, np.inf), weights=weights)
+    assert solved.effective_sample_size() == pytest.approx(3.0)
 
 
 def test_gaussian_kl_split_by_hand():
-    """Shift by one old deviation:
+    """Each divergence by hand, summed over two dimensions.
 
-    KL_mu = 1/2 each, summed: 1. Doubled deviation: KL_Sigma = (1/4 - 1 + 2 ln 2)/2 each.
+    A shift by one old deviation: KL_mu = 1/2 each. A doubled deviation: KL_Sigma = (1/4 - 1 + 2 ln
+    2)/2 each.
     """
     from scpo_bench.baselines.cvpo_policy import gaussian_kl_split
 
@@ -548,8 +541,9 @@ def test_gaussian_kl_split_by_hand():
 
 
 def test_weighted_likelihood_is_the_sum_over_samples():
-    """The moments' form against torch's densities: q sums to one over the K samples, and is summed,
-    not averaged.
+    """The form in moments agrees with torch's densities.
+
+    q sums to one over the K samples, so the samples are summed, not averaged.
     """
     from scpo_bench.baselines.cvpo_policy import weighted_nll_split
 
@@ -574,13 +568,13 @@ def test_weighted_likelihood_is_the_sum_over_samples():
     assert difference.item() == pytest.approx((direct(*other) - direct(mean, std)).item())
 
 
-# ---- costs and configuration
-# ----------------------------------------------------------------------------------------
+# ---- costs and configuration ----
 
 
 def test_episode_costs_are_of_this_update_only():
-    """J_C: the mean of episodes that end in this update, wherever they began; a moving average
-    would be stale.
+    """J_C is the mean of the episodes that end in this update, wherever they began.
+
+    A moving average would be stale.
     """
     costs = EpisodeCosts(2, 1)
     for step in range(3):
@@ -596,17 +590,31 @@ def test_episode_costs_are_of_this_update_only():
 
 
 def test_episode_costs_fall_back_on_partial_data():
-    """No episode ended: cost per step (11/2) times the longest running episode (3 steps),
-    documented as such.
-    """
+    """Where no episode ended: cost per step (11/2) times the longest running episode (3 steps)."""
     costs = EpisodeCosts(2, 1)
     for _ in range(3):
         costs.add(np.array([[1.0], [10.0]]), np.array([False, False]))
     assert costs.estimate()[0] == pytest.approx([16.5])
+    assert costs.mean_length() == 3.0
+    costs.add(np.array([[1.0], [10.0]]), np.array([True, False]))  # 4 steps, of cost 4
+    assert costs.estimate() == (pytest.approx([4.0]), 4.0)
+    costs.start_update()
+    costs.add(np.array([[2.0], [0.0]]), np.array([True, False]))  # one step
+    costs.add(np.array([[2.0], [0.0]]), np.array([False, False]))
+    assert costs.mean_length() == 2.5
+    assert costs.estimate() == (pytest.approx([2.0]), 1.0)
+    # Now nothing ends: cost per step 1, and the second episode is 7 steps long, more than 1 before.
+    costs.start_update()
+    costs.add(np.array([[2.0], [0.0]]), np.array([False, False]))
+    assert costs.estimate() == (pytest.approx([7.0]), 7.0)
+    # After a reset of the environments only the last update's mean length is known.
+    costs.restart_episodes()
+    costs.start_update()
+    assert costs.estimate() == (pytest.approx([0.0]), 1.0)
 
 
 def test_unknown_configuration_key_names_the_nearest():
-    """A misspelt key must not be ignored: a run with silent defaults is a wrong result."""
+    """A misspelt key is not ignored: a run with silent defaults is a wrong result."""
     from scpo_bench.baselines.cpo import CPOConfig
 
     with pytest.raises(

@@ -1,6 +1,4 @@
-"""The NumPy networks and actors of the on-policy baselines against torch's autograd, and the replay
-buffer by hand.
-"""
+"""The baselines' NumPy networks and actors against torch's autograd, and the replay by hand."""
 
 from __future__ import annotations
 
@@ -54,7 +52,7 @@ def test_backward_and_jvp_equal_autograd(activation):
 
 
 def test_networks_are_written_back():
-    """What an update learnt must reach the torch policy that acts and is saved."""
+    """What an update learns reaches the torch policy that acts and is saved."""
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     mlp = Mlp(*sequential_layers(net))
     mlp.theta += 1.0
@@ -63,9 +61,13 @@ def test_networks_are_written_back():
 
 
 def test_unsupported_activation_is_refused():
-    """A network that the hand-written derivatives do not cover must be refused, not approximated."""
+    """A network that the hand-written derivatives do not cover is refused, not approximated."""
     with pytest.raises(ValueError, match=r"activation_fn: expected nn\.Tanh or nn\.ReLU"):
         sequential_layers(nn.Sequential(nn.Linear(2, 2), nn.ELU(), nn.Linear(2, 1)))
+    with pytest.raises(ValueError, match=r"activation_fn"):
+        sequential_layers(nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 1), nn.ReLU()))
+    with pytest.raises(ValueError, match="activation: expected 'tanh' or 'relu'"):
+        Mlp([nn.Linear(2, 2)], "elu")
 
 
 def test_adam_equals_torch():
@@ -125,8 +127,9 @@ def test_actor_equals_the_policy_it_copies(action_space):
 
 @pytest.mark.parametrize("action_space", SPACES)
 def test_fisher_product_is_the_hessian_of_the_kl(action_space):
-    """The trust region's metric, against second derivatives by autograd: a factor dim(A) off would
-    change its size.
+    """The trust region's metric agrees with second derivatives by autograd.
+
+    A factor dim(A) would change the trust region's size.
     """
     policy = make_policy(action_space)
     actor = actor_of(policy)
@@ -152,11 +155,27 @@ def test_fisher_product_is_the_hessian_of_the_kl(action_space):
 
 
 def test_samples_have_the_policys_distribution():
-    """20000 categorical draws: frequencies within 4 standard errors of the softmax."""
+    """20000 draws per distribution agree with it within 4 standard errors."""
     actor = actor_of(make_policy(SPACES[1]))
     head = np.repeat(np.log([[0.2, 0.5, 0.3]]), 20_000, axis=0)
     counts = np.bincount(actor.sample(head, np.random.default_rng(0)), minlength=3) / 20_000
     np.testing.assert_allclose(counts, [0.2, 0.5, 0.3], atol=4 * np.sqrt(0.25 / 20_000))
+    actor = actor_of(make_policy(SPACES[0]))
+    head = np.repeat(np.float32([[3.0, -1.0]]), 20_000, axis=0)
+    actions, std = actor.sample(head, np.random.default_rng(0)), np.exp(actor.dist_extra())
+    np.testing.assert_allclose(actions.mean(axis=0), [3.0, -1.0], atol=4 * std.max() / 141)
+    np.testing.assert_allclose(actions.std(axis=0), std, rtol=4 / 200)
+
+
+def test_unsupported_policies_are_refused():
+    """A policy that the NumPy actor does not cover is refused, not approximated."""
+    with pytest.raises(ValueError, match="policy: needs flat Box observations"):
+        actor_of(ActorCriticPolicy(spaces.Discrete(3), SPACES[0], lambda _: 1e-3))
+    matrix = spaces.Box(-1.0, 1.0, (2, 2), np.float32)
+    with pytest.raises(ValueError, match=r"env\.action_space: expected Discrete or a one-dim"):
+        actor_of(ActorCriticPolicy(OBSERVATIONS, matrix, lambda _: 1e-3))
+    with pytest.raises(ValueError, match=r"env\.action_space"):
+        actor_of(ActorCriticPolicy(OBSERVATIONS, SPACES[0], lambda _: 1e-3, use_sde=True))
 
 
 def test_actor_with_backup_starts_at_it():
@@ -168,9 +187,7 @@ def test_actor_with_backup_starts_at_it():
 
 
 def test_clipped_surrogate_by_hand():
-    """Ratio 1.5 at A = 2 and 0.5 at A = -1 are clipped (gradient 0); the other way round they are
-    not.
-    """
+    """Ratio 1.5 at A = 2 and 0.5 at A = -1 are clipped (gradient 0); vice versa they are not."""
     ratio, advantages = np.array([1.5, 0.5, 1.5, 0.5]), np.array([2.0, -1.0, -1.0, 2.0])
     np.testing.assert_allclose(
         clipped_surrogate_weights(ratio, advantages, 0.2), [0.0, 0.0, 0.375, -0.25]
@@ -178,9 +195,7 @@ def test_clipped_surrogate_by_hand():
 
 
 def test_critics_equal_the_networks_written_out():
-    """Values (several actions per state, slice by slice) and the regression's hand-written
-    gradient, against autograd.
-    """
+    """Values, slice by slice, and the hand-written gradient agree with autograd."""
     torch.manual_seed(0)
     critics = Critics(4, 3, spaces.Box(np.float32([-1, 0]), np.float32([1, 4])), [9, 8, 7])
     observations, actions, targets = torch.randn(70, 3), torch.rand(70, 16, 2), torch.randn(4, 70)
@@ -212,8 +227,7 @@ def test_critics_equal_the_networks_written_out():
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
-# ---- replay
-# ---------------------------------------------------------------------------------------------------------
+# ---- replay ----
 
 
 def filled_replay(rows, ends=(), terminated=(), capacity=8):
@@ -249,8 +263,9 @@ def by_start(replay, n_step=3, gamma=0.5):
 
 
 def test_n_step_returns_by_hand():
-    """Inside, across a truncation (bootstraps at the end's observation), across a termination
-    (discount 0), at the newest.
+    """n-step returns inside an episode, across its end, and at the newest step.
+
+    A truncation bootstraps at the terminal observation; a termination has discount 0.
     """
     rows = by_start(filled_replay(6, ends={2, 4}, terminated={4}))
     assert rows[0] == (1 + 5 + 25, 0 + 0.5 + 0.5, 3, 0.125)
@@ -260,7 +275,7 @@ def test_n_step_returns_by_hand():
 
 
 def test_replay_wraps_around():
-    """Windows must not run from the newest row into the oldest."""
+    """Windows do not run from the newest row into the oldest."""
     rows = by_start(filled_replay(11))
     assert set(rows) == set(range(3, 11))
     assert rows[10] == (1e10, 10, 11, 0.5)
@@ -268,7 +283,7 @@ def test_replay_wraps_around():
 
 
 def test_replay_state_round_trip():
-    """A resumed run must sample what the first one would have."""
+    """A resumed run samples what the original run would have sampled."""
     first, second = filled_replay(5), CostReplay(8, OBSERVATIONS, SPACES[0])
     second.load_state_dict(first.state_dict())
     draws = [r.sample(50, 2, 0.9, np.random.default_rng(3)) for r in (first, second)]

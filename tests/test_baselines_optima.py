@@ -1,5 +1,6 @@
-"""Each agent on two constrained MDPs whose optima are known: within 5 % of the optimum, cost within
-the limit plus 5 %.
+"""Each agent on two constrained MDPs whose optima are known, whole algorithms end to end.
+
+Within 5 % of the optimal return, with a cost of at most the limit plus 5 %.
 """
 
 from __future__ import annotations
@@ -13,18 +14,22 @@ from scpo_bench.baselines.cpo import CPO
 from scpo_bench.baselines.cvpo import CVPO
 from scpo_bench.baselines.ppo_lagrangian import PPOLagrangian
 
-torch.set_num_threads(1)  # tiny networks: more threads only get in each other's way
+torch.set_num_threads(1)  # the networks are too small for more threads to help
 
-SEEDS = range(5)
 DISCOUNTS = {"gamma": 0.9, "gae_lambda": 0.9, "cost_gamma": 0.9, "cost_gae_lambda": 0.9}
-ON_POLICY = DISCOUNTS | {
-    "critic_lr": 3e-3,
-    "critic_l2": 0.0,
-    "critic_passes": 8,
-    "initial_log_std": -1.0,
-}
-# A fast actor and slow multipliers: the other way round the two go in circles.
+CRITICS = {"critic_lr": 3e-3, "critic_l2": 0.0, "critic_passes": 8}
+ON_POLICY = DISCOUNTS | CRITICS | {"initial_log_std": -1.0}
+# A fast actor and slow multipliers: the other way round the two oscillate.
 PPO = ON_POLICY | {"steps_per_update": 800, "batch_size": 100, "actor_lr": 3e-3, "target_kl": 0.03}
+# The reference's standardised rewards, started near the multiplier's equilibrium (about 4).
+STANDARDISED = PPO | {"multiplier_init": 4.3, "multiplier_lr": 0.05}
+# Unstandardised: the multiplier must find the price of cost, d return / d cost = sqrt(T/C) / 2 = 1.
+UNSTANDARDISED = PPO | {
+    "standardise_rewards": False,
+    "multiplier_init": 1.0,
+    "multiplier_lr": 0.05,
+    "batch_size": 200,
+}
 CPO_CONFIG = ON_POLICY | {
     "steps_per_update": 1200,
     "batch_size": 250,
@@ -40,7 +45,7 @@ CVPO_CONFIG = {
     "n_step": 1,
     "batch_size": 64,
     "action_samples": 16,
-    "net_arch": (32, 32),
+    "net_arch": (64,),
     "actor_lr": 2e-3,
     "critic_lr": 2e-3,
     "initial_std": 0.3,
@@ -48,62 +53,62 @@ CVPO_CONFIG = {
     "mean_kl_bound": 0.02,
     "covariance_kl_bound": 0.005,
 }
-CASES = {
-    # The reference's standardised rewards, started near the multiplier's equilibrium (about 4).
-    "ppo-lagrangian, two states": (
-        PPOLagrangian,
-        TwoState(),
-        PPO | {"multiplier_init": 4.3, "multiplier_lr": 0.05},
-        64_000,
-    ),
-    # Unstandardised: the multiplier must find the price of cost, d return / d cost = sqrt(T / C) /
-    # 2 = 1.
-    "ppo-lagrangian, speed": (
-        PPOLagrangian,
-        Speed(),
-        PPO
-        | {
-            "standardise_rewards": False,
-            "multiplier_init": 1.0,
-            "multiplier_lr": 0.05,
-            "batch_size": 200,
-        },
-        64_000,
-    ),
-    "cpo, two states": (CPO, TwoState(), CPO_CONFIG, 36_000),
-    "cpo, two states, discrete actions": (
-        CPO,
-        TwoState(discrete=True),
-        CPO_CONFIG | {"target_kl": 0.005},
-        48_000,
-    ),
-    "cpo, speed": (CPO, Speed(), CPO_CONFIG, 36_000),
-    "cvpo, two states": (CVPO, TwoState(), CVPO_CONFIG | {"pessimistic_cost": False}, 12_000),
-    "cvpo, speed": (CVPO, Speed(), CVPO_CONFIG, 14_000),
-}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_ends_at_the_known_optimum(case):
-    """The whole algorithm, end to end: a sign, a scale or a threshold that is off ends elsewhere on
-    the trade-off.
-
-    The constraint is one on the policy that acts, so it is the stochastic policy that is measured:
-    median of five seeds.
-    """
-    agent_class, mdp, config, steps = CASES[case]
+def learn(agent_class, mdp, config, steps, seed, num_envs=10):
+    """(agent, environment) after ``steps`` steps."""
+    env = MdpVecEnv(mdp, num_envs)
     policy_kwargs = {} if agent_class is CVPO else {"net_arch": [32, 32]}
-    results = []
-    for seed in SEEDS:
-        agent = agent_class(
-            "MlpPolicy",
-            MdpVecEnv(mdp),
-            seed=seed,
-            cost_limit=mdp.cost_limit,
-            policy_kwargs=policy_kwargs,
-            **config,
-        )
-        results.append(episode_means(agent.learn(steps), mdp))
+    config = config | {"cost_limit": mdp.cost_limit, "policy_kwargs": policy_kwargs}
+    return agent_class("MlpPolicy", env, seed=seed, **config).learn(steps), env
+
+
+@pytest.mark.parametrize(
+    ("agent_class", "mdp", "config", "steps", "seeds"),
+    [
+        pytest.param(PPOLagrangian, TwoState(), STANDARDISED, 64_000, 3, id="ppo, two states"),
+        pytest.param(PPOLagrangian, Speed(), UNSTANDARDISED, 64_000, 3, id="ppo, speed"),
+        pytest.param(CPO, TwoState(), CPO_CONFIG, 30_000, 5, id="cpo, two states"),
+        pytest.param(
+            CPO,
+            TwoState(discrete=True),
+            CPO_CONFIG | {"target_kl": 0.005},
+            48_000,
+            5,
+            id="cpo, two states, discrete actions",
+        ),
+        pytest.param(CPO, Speed(), CPO_CONFIG, 18_000, 5, id="cpo, speed"),
+    ],
+)
+def test_on_policy_agents_end_at_the_known_optimum(agent_class, mdp, config, steps, seeds):
+    """A wrong sign, scale or threshold anywhere ends elsewhere on the trade-off.
+
+    The constraint is one on the policy that acts, so the stochastic policy is measured: the median
+    over seeds of the final policies.
+    """
+    results = [
+        episode_means(learn(agent_class, mdp, config, steps, seed)[0], mdp) for seed in range(seeds)
+    ]
     reached, cost = np.median(np.array(results), axis=0)
+    assert reached >= 0.95 * mdp.optimal_return, results
+    assert cost <= 1.05 * mdp.cost_limit, results
+
+
+@pytest.mark.parametrize(
+    ("mdp", "config"),
+    [
+        pytest.param(TwoState(), CVPO_CONFIG | {"pessimistic_cost": False}, id="two states"),
+        pytest.param(Speed(), CVPO_CONFIG, id="speed"),
+    ],
+)
+def test_cvpo_ends_at_the_known_optimum(mdp, config):
+    """As above, for CVPO.
+
+    Its policy moves around the optimum from one gradient step to the next. The mean over the last
+    60 episodes of two runs takes that out, where single final policies would need many runs.
+    """
+    runs = [learn(CVPO, mdp, config, 12_000, seed, num_envs=20)[1] for seed in range(2)]
+    results = [np.mean(env.finished[-3:], axis=0) for env in runs]
+    reached, cost = np.mean(results, axis=0)
     assert reached >= 0.95 * mdp.optimal_return, results
     assert cost <= 1.05 * mdp.cost_limit, results

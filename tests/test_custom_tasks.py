@@ -1,6 +1,4 @@
-"""The custom tasks: dynamics by hand, scalar and native environments alike, the backup's safety,
-the experts.
-"""
+"""The custom tasks: dynamics by hand, both environments alike, the backup, the experts."""
 
 from __future__ import annotations
 
@@ -42,9 +40,7 @@ def test_make_without_import():
 @pytest.mark.parametrize("task_id", TASKS)
 @pytest.mark.parametrize("kwargs", [{}, {"horizon": 3}])
 def test_native_vector_environment_agrees_with_the_scalar_one(task_id, kwargs):
-    """Same states and actions, same everything: observations, rewards, ends, costs, constraint
-    values, labels, losses.
-    """
+    """Both environments report the same for the same states and actions."""
     vector = gym.make_vec(task_id, num_envs=4, vectorization_mode="vector_entry_point", **kwargs)
     observations, _ = vector.reset(seed=5)
     scalars = [gym.make(task_id, **kwargs) for _ in range(4)]
@@ -72,9 +68,7 @@ def test_native_vector_environment_agrees_with_the_scalar_one(task_id, kwargs):
 
 @pytest.mark.parametrize("task_id", TASKS)
 def test_same_seed_same_episode_and_pickle_continues(task_id):
-    """All randomness comes from the reset seed, and a pickled environment goes on as the original
-    does.
-    """
+    """All randomness comes from the reset seed, and a pickled environment continues identically."""
     kwargs = {"noise_std": 0.2} if "Integrator" in task_id else {}
     one, two = gym.make(task_id, **kwargs), gym.make(task_id, **kwargs)
     assert (one.reset(seed=3)[0] == two.reset(seed=3)[0]).all()
@@ -94,8 +88,10 @@ def test_double_integrator_step_by_hand():
 
 
 def test_reward_and_constraints_by_hand():
-    """Imitation: at p = 0.5 the expert pushes with u = 1, so u = 0 earns -1. |p| = 1.2 violates by
-    0.2, |v| = 0.9 is safe by 0.1.
+    """Rewards and constraint values of both tasks.
+
+    Imitation: at p = 0.5 the expert pushes with u = 1, so u = 0 earns -1; |p| = 1.2 violates by
+    0.2, |v| = 0.9 is safe by 0.1. Regulation: 0.5^2 + 0.1 * 2^2 + 0.02.
     """
     task = di.ImitationTask()
     at = (np.array([0.5]), np.array([0.0]))
@@ -127,9 +123,7 @@ def test_terminal_constraint_is_in_force_at_the_last_step_only():
 @settings(max_examples=300, deadline=None)
 @given(st.floats(0, 2 * np.pi), st.floats(0, 1))
 def test_backup_level_set_is_admissible_and_invariant(angle, radius):
-    """From anywhere in {V <= level}: |p|, |v| and |gain x| stay within bounds and V decreases, so
-    the set is never left.
-    """
+    """In {V <= level}, |p|, |v| and |gain x| stay within bounds, and V decreases."""
     lqr = control.backup()
     x = np.linalg.cholesky(np.linalg.inv(lqr.P) * lqr.level) @ (
         radius * np.array([np.cos(angle), np.sin(angle)])
@@ -143,9 +137,7 @@ def test_backup_level_set_is_admissible_and_invariant(angle, radius):
 
 
 def test_level_is_the_largest():
-    """Five per cent more and some state of the set breaks a bound: the level is computed, not
-    guessed low.
-    """
+    """Five per cent above the level some state breaks a bound: it is not chosen too low."""
     lqr = control.backup()
     angle = np.linspace(0, 2 * np.pi, 2000)
     x = np.linalg.cholesky(np.linalg.inv(lqr.P) * lqr.level * 1.05) @ np.stack(
@@ -156,7 +148,7 @@ def test_level_is_the_largest():
 
 @pytest.mark.parametrize("task_id", TASKS)
 def test_backup_is_safe_from_every_start(task_id):
-    """1000 sampled and 1000 design starts, one episode each: no violated constraint value."""
+    """1000 sampled and 1000 design starts, one episode each: no constraint is violated."""
     vector = gym.make_vec(task_id, num_envs=1000, vectorization_mode="vector_entry_point")
     task = vector.unwrapped.task
     gain, offset = task.backup_gain()
@@ -169,9 +161,7 @@ def test_backup_is_safe_from_every_start(task_id):
 
 
 def test_following_the_malicious_expert_violates_everywhere():
-    """The expert is worth the name: from every start in the right half, obeying it leaves the
-    bounds.
-    """
+    """From every start in the right half, following the expert leaves the bounds."""
     task = di.ImitationTask()
     p, v = task.design_starts(200)
     right = p > 0.1
@@ -191,8 +181,10 @@ def test_following_the_malicious_expert_violates_everywhere():
 
 
 def test_mpc_is_safe_where_the_plain_regulator_is_not():
-    """The constraints matter in the regulation task: its LQR, clipped, violates from some starts;
-    the MPC from none.
+    """The constraints matter in the regulation task.
+
+    Its LQR, clipped, violates from some starts; the MPC from none, at a lower cost than the
+    backup's.
     """
     task = di.RegulationTask()
     starts = task.sample_starts(40, np.random.default_rng(3))
@@ -224,15 +216,13 @@ def test_mpc_is_safe_where_the_plain_regulator_is_not():
 
 
 def test_mpc_refuses_a_state_from_which_no_plan_is_safe():
-    """At the bound with full outward speed nothing helps; the error says from where."""
+    """At the bound with full outward speed no plan is admissible, and the error says from where."""
     with pytest.raises(RuntimeError, match=r"no admissible plan from p=0\.9900"):
         control.ModelPredictiveController().action(0.99, 0.99)
 
 
 def test_regression_labels_by_hand():
-    """x = 0.4 is harmful (label 1, beyond the bound 0.5); x = -0.3 is truthful (0.45 sin(-1.5)) and
-    within it.
-    """
+    """x = 0.4 is harmful (label 1, beyond the bound 0.5); x = -0.3 is truthful and within it."""
     task = hr.HarmfulRegressionTask()
     (labels,) = task.label((np.array([0.4, -0.3]),))
     assert labels == pytest.approx([1.0, 0.45 * np.sin(-1.5)])
@@ -249,9 +239,7 @@ def test_regression_labels_by_hand():
     "task", [di.ImitationTask(), di.RegulationTask(), hr.HarmfulRegressionTask()]
 )
 def test_pure_functions_agree_in_numpy_and_torch(task):
-    """The environment and the batched evaluator run the same lines; the two array types must mean
-    the same by them.
-    """
+    """A task's functions give the same numbers for NumPy arrays and for torch tensors."""
     state = task.sample_starts(50, np.random.default_rng(0))
     action = (np.random.default_rng(1).uniform(-1.2, 1.2, 50),)
     t_state, t_action = (tuple(torch.as_tensor(c) for c in parts) for parts in (state, action))
@@ -286,7 +274,7 @@ def test_bad_arguments_are_named(task_id, kwargs, message):
 
 
 def test_bad_start_states_are_named():
-    """reset(options=...) checks shape and finiteness."""
+    """reset(options=...) checks the shape and finiteness of given states."""
     env = gym.make(IMITATION)
     with pytest.raises(ValueError, match="expected 1 x 2 finite numbers"):
         env.reset(options={"states": [[np.nan, 0.0]]})

@@ -1,5 +1,4 @@
-"""The Safety-Gymnasium adapter: ids, metadata, the environment contract, pickling, errors, vector
-environments.
+"""The Safety-Gymnasium adapter: ids, metadata, environment contract, pickling, errors, vectors.
 
 Set SCPO_BENCH_EXHAUSTIVE=1 to run whole episodes on every id instead of on a sample.
 """
@@ -113,7 +112,7 @@ def assert_equal(one: Any, other: Any) -> None:
 
 
 def test_every_id_is_registered_under_safety_gymnasiums_own_name() -> None:
-    """A suite or paper that names an id would not find it."""
+    """Every id that a suite or a paper names can be made, with the package's horizon."""
     assert len(TASKS) == 298
     for env_id, task in TASKS.items():
         spec = gymnasium.spec(env_id)
@@ -134,9 +133,7 @@ def test_every_id_is_registered_under_safety_gymnasiums_own_name() -> None:
 
 
 def test_registering_again_leaves_other_peoples_ids_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Somebody's own registration of an id would silently be replaced, or a second import would
-    fail.
-    """
+    """An id that somebody else registered is not replaced, and registering twice works."""
     theirs = dataclasses.replace(gymnasium.spec("SafetyPointGoal1-v0"), entry_point="theirs:Env")
     monkeypatch.setitem(gymnasium.registry, "SafetyPointGoal1-v0", theirs)
     register_safety_gymnasium()
@@ -144,9 +141,7 @@ def test_registering_again_leaves_other_peoples_ids_alone(monkeypatch: pytest.Mo
 
 
 def test_importing_the_ids_loads_no_simulator() -> None:
-    """``import scpo_bench`` and ``scpo-bench list tasks`` would take seconds, or fail without
-    safety-gymnasium.
-    """
+    """``import scpo_bench`` stays fast, and works without safety-gymnasium."""
     code = (
         "import sys, scpo_bench.envs.safety_gymnasium as s; s.register_safety_gymnasium();"
         "heavy = ('mujoco', 'safety_gymnasium', 'glfw', 'xmltodict');"
@@ -159,7 +154,7 @@ def test_importing_the_ids_loads_no_simulator() -> None:
 
 
 def test_metadata_of_some_ids() -> None:
-    """Suites would run with the wrong horizon, limit or threshold."""
+    """Suites run with the right horizon, limit and threshold."""
     goal = task_metadata("SafetyPointGoal1-v0")
     assert (goal.family, goal.robot, goal.level, goal.variant) == ("goal", "Point", 1, "plain")
     assert (goal.horizon, goal.cost_limit, goal.velocity_threshold) == (1000, 25.0, None)
@@ -178,9 +173,7 @@ def test_metadata_of_some_ids() -> None:
 @CHECKER_REMARKS
 @pytest.mark.usefixtures("skyless")
 def test_every_id_follows_the_contract(make: Any, env_id: str) -> None:
-    """An id could not be built, stepped, checked by gymnasium, or would not report its cost; or its
-    metadata lies.
-    """
+    """Every id can be built and stepped, passes gymnasium's checks, and reports its cost."""
     env = make(env_id)
     task = TASKS[env_id]
     assert env.observation_space.shape == (task.observation_size,)
@@ -209,7 +202,7 @@ def test_every_id_follows_the_contract(make: Any, env_id: str) -> None:
 @pytest.mark.parametrize("env_id", [t.id for t in RUNNABLE if t.variant == "vision"])
 @pytest.mark.usefixtures("skyless", "gl")
 def test_every_vision_id_draws_its_observation(make: Any, env_id: str) -> None:
-    """A vision id would fail in the viewer, or its dictionary would not match its space."""
+    """Every vision id renders, and its dictionary matches its space."""
     env = make(env_id)
     env.action_space.seed(0)
     observation, _ = env.reset(seed=5)
@@ -256,9 +249,7 @@ def test_vision_and_rendering_equal_the_original_path(make: Any) -> None:
     "env_id", [t.id for t in RUNNABLE if t.variant != "vision"] if EXHAUSTIVE else SAMPLE
 )
 def test_an_episode_runs_and_a_pickle_continues_it_identically(make: Any, env_id: str) -> None:
-    """Checkpoints and workers would continue another episode: state lost in the pickle, random
-    state included.
-    """
+    """A pickle holds the whole state, random state included, for checkpoints and workers."""
     env = make(env_id)
     env.action_space.seed(1)
     env.reset(seed=11)
@@ -290,9 +281,7 @@ def test_an_episode_runs_and_a_pickle_continues_it_identically(make: Any, env_id
 @pytest.mark.usefixtures("skyless")
 @pytest.mark.parametrize("fast", [True, False])
 def test_pickles_on_both_paths_and_before_the_first_reset(make: Any, fast: bool) -> None:
-    """A vector environment that pickles its environments would fail, or a copy would share the
-    world.
-    """
+    """Both code paths can be pickled at any time, and a copy does not share the world."""
     env = make("SafetyCarFadingHard2-v0", fast=fast)
     fresh = pickle.loads(pickle.dumps(env))
     assert_equal(env.reset(seed=3)[0], fresh.reset(seed=3)[0])
@@ -315,9 +304,7 @@ def test_pickles_on_both_paths_and_before_the_first_reset(make: Any, fast: bool)
 
 @pytest.mark.usefixtures("skyless")
 def test_the_seed_decides_every_layout(make: Any) -> None:
-    """Runs could not be repeated: numpy's global generator, or an unseeded one, would leak into
-    layouts.
-    """
+    """Runs can be repeated: no layout depends on numpy's global generator."""
     layouts = []
     for noise in (0, 1):
         np.random.seed(noise)  # noqa: NPY002 - the global generator must not matter
@@ -337,7 +324,7 @@ def test_the_seed_decides_every_layout(make: Any) -> None:
 def test_a_layout_that_cannot_be_sampled_is_drawn_again(
     make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Training would stop at a reset, after hours, on a rare layout."""
+    """A rare layout that cannot be sampled does not stop a training run; other errors do."""
     from scpo_bench.envs.safety_gymnasium.package import original
 
     env = make("SafetyPointGoal1-v0")
@@ -376,9 +363,7 @@ def test_a_layout_that_cannot_be_sampled_is_drawn_again(
 
 @pytest.mark.usefixtures("skyless")
 def test_truncation_is_left_to_time_limit(make: Any) -> None:
-    """A user's longer horizon would be cut by the package's own counter; a shorter one would not
-    hold.
-    """
+    """``max_episode_steps`` decides the length of an episode, not the package's own counter."""
     longer = make("SafetyPointCircle0-v0", max_episode_steps=520)
     longer.reset(seed=0)
     ends = [longer.step(longer.action_space.sample())[3] for _ in range(520)]
@@ -396,7 +381,7 @@ def test_truncation_is_left_to_time_limit(make: Any) -> None:
 
 
 def test_without_safety_gymnasium_make_says_how_to_install_it() -> None:
-    """A newcomer would get a traceback about modules instead of a command."""
+    """Without the package the error is the command that installs it."""
     code = textwrap.dedent("""
         import importlib.util
         import gymnasium, scpo_bench
@@ -421,13 +406,13 @@ def test_without_safety_gymnasium_make_says_how_to_install_it() -> None:
     "env_id", ["SafetyPointRace0-v0", "SafetyAntRace2Vision-v0", "SafetyCarRace1Debug-v0"]
 )
 def test_race_tasks_say_that_the_wheel_lacks_an_asset(env_id: str) -> None:
-    """MuJoCo's complaint about a texture file would read like a broken installation."""
+    """A missing texture is reported as such, not as MuJoCo's complaint about a file."""
     with pytest.raises(DependencyNotInstalled, match=r"village_floor\.PNG.*wheel"):
         gymnasium.make(env_id)
 
 
 def test_bad_arguments_are_refused(make: Any) -> None:
-    """Mistakes would surface later, as something else."""
+    """Mistakes are reported where they are made."""
     with pytest.raises(ValueError, match="render_mode"):
         SafetyNavigationEnv("SafetyPointGoal1-v0", render_mode="ascii")
     with pytest.raises(ValueError, match="camera"):
@@ -445,9 +430,7 @@ def test_bad_arguments_are_refused(make: Any) -> None:
 
 
 def test_the_private_copy_stays_private(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A really importable safety_gymnasium, of another version say, would be shadowed or broken by
-    ours.
-    """
+    """An installed safety_gymnasium of another version works beside the private copy."""
     make("SafetyPointGoal0-v0").reset(seed=0)
     assert not [name for name in sys.modules if name.partition(".")[0] == "safety_gymnasium"]
     theirs = types.ModuleType("safety_gymnasium")
@@ -465,7 +448,7 @@ def test_the_private_copy_stays_private(make: Any, monkeypatch: pytest.MonkeyPat
 
 
 def test_velocity_cost_is_speed_above_the_threshold(make: Any) -> None:
-    """The cost that the original keeps out of ``info`` would be lost or inverted."""
+    """The cost is in ``info``, 1 above the threshold and 0 below."""
     env = make("SafetyHalfCheetahVelocity-v1")
     env.reset(seed=0)
     threshold = TASKS["SafetyHalfCheetahVelocity-v1"].velocity_threshold
@@ -480,9 +463,7 @@ def test_velocity_cost_is_speed_above_the_threshold(make: Any) -> None:
 
 @pytest.mark.usefixtures("skyless")
 def test_parallel_environments_return_the_last_observation_and_its_cost(make: Any) -> None:
-    """Bootstrapping and cost sums would use the next episode's first observation, or lose the last
-    step's cost.
-    """
+    """Vector environments keep an episode's last observation and the last step's cost."""
     from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 
     env_id, horizon = "SafetyPointGoal1-v0", 4

@@ -44,9 +44,7 @@ def skyless(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def actions(space: gymnasium.spaces.Box, seed: int) -> Any:
-    """Phases of held, random and extreme actions: robots travel, turn, bump into things and stand
-    still.
-    """
+    """Phases of held, random, extreme and zero actions: robots travel, turn, collide and rest."""
     rng = np.random.default_rng(seed)
     while True:
         kind = rng.integers(4)
@@ -83,9 +81,7 @@ def assert_same_step(one: Any, other: Any) -> None:
 
 @pytest.mark.parametrize("env_id", PAIRS)
 def test_fast_path_equals_the_original_over_episodes(env_id: str) -> None:
-    """Published numbers would depend on a switch: any difference in observation, reward, cost, info
-    or ending.
-    """
+    """No observation, reward, cost, info or ending depends on the fast path."""
     fast, original = gymnasium.make(env_id), gymnasium.make(env_id, fast=False)
     assert fast.unwrapped.fast  # type: ignore[attr-defined]
     assert not original.unwrapped.fast  # type: ignore[attr-defined]
@@ -112,9 +108,7 @@ def test_fast_path_equals_the_original_over_episodes(env_id: str) -> None:
     ],
 )
 def test_reaching_goals_and_touching_things_stays_equal(env_id: str, reached: str) -> None:
-    """New goals (which draw random numbers), contact costs and fading happen too rarely in random
-    episodes.
-    """
+    """New goals, contact costs and fading, which are rare in random episodes, are equal too."""
     fast, original = gymnasium.make(env_id), gymnasium.make(env_id, fast=False)
     pair = fast.unwrapped.task, original.unwrapped.task  # type: ignore[attr-defined]
     goals = costs = 0
@@ -158,8 +152,9 @@ def test_reaching_goals_and_touching_things_stays_equal(env_id: str, reached: st
 
 
 def place(task: Any, xy: np.ndarray) -> None:
-    """Move the robot to a point of the plane (Point slides from its initial position, the others
-    float).
+    """Move the robot to a point of the plane.
+
+    Point slides from its initial position; the other robots float.
     """
     model, data = task.model, task.data
     body = model.body("agent").id
@@ -185,9 +180,7 @@ def place(task: Any, xy: np.ndarray) -> None:
     ],
 )
 def test_a_written_layout_equals_a_compiled_one(env_id: str) -> None:
-    """Resets that write into the compiled model would leave masses, inertias, welds or sizes of the
-    old layout.
-    """
+    """A reset that writes into the compiled model leaves nothing of the old layout."""
     fast, original = gymnasium.make(env_id), gymnasium.make(env_id, fast=False)
     for seed in (0, 1, 2):
         fast.reset(seed=seed)
@@ -257,9 +250,7 @@ def test_lidar_readings_by_hand() -> None:
 
 @pytest.mark.parametrize("env_id", ["SafetyPointButton2-v0", "SafetyPointCircle1-v0"])
 def test_layouts_take_the_same_draws(env_id: str) -> None:
-    """The fast layout sampler would consume other random numbers, and every later layout would
-    differ.
-    """
+    """The fast layout sampler consumes the same random numbers as the original."""
     from scpo_bench.envs.safety_gymnasium.package import original
 
     env = gymnasium.make(env_id)

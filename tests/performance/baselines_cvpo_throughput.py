@@ -1,11 +1,11 @@
-"""CVPO's gradient updates per second at batch 256, K = 16, 128x128, two critics each for reward and
-cost, one core.
+"""CVPO's gradient updates per second on one core.
 
     OPENBLAS_NUM_THREADS=1 python tests/performance/baselines_cvpo_throughput.py
 
-Required: at least 50 updates/s, and the exact dual at most 15 % of their time. Time is the
-process's own (one thread, so it is one core's), best of five repetitions: busy neighbours should
-not decide. The matrix products' own time is printed beside it.
+Batch 256, K = 16, 128x128, two critics each for reward and cost. Required: at least 50 updates/s,
+and the exact dual at most 15 % of their time. Time is the process's own (one thread, so it is one
+core's), best of five repetitions, so that other processes on the machine do not decide. The time of
+the matrix products alone is printed for comparison.
 """
 
 from __future__ import annotations
@@ -29,9 +29,7 @@ BATCH, K, WIDTH, UPDATES = 256, 16, 128, 100
 
 
 class Random(gym.Env[Any, Any]):
-    """Sizes of HalfCheetahVelocity; costs and rewards that pull apart, so that the dual's
-    constraint is active.
-    """
+    """Sizes of HalfCheetahVelocity; costs and rewards conflict, so the constraint is active."""
 
     observation_space = gym.spaces.Box(-1.0, 1.0, (17,), np.float32)
     action_space = gym.spaces.Box(-1.0, 1.0, (6,), np.float32)
@@ -54,8 +52,9 @@ class Random(gym.Env[Any, Any]):
 
 
 def matrix_products_s() -> float:
-    """Seconds for the E-step's hidden layer alone: four products [4096, 128] x [128, 128], in
-    cache-sized slices; best of 20.
+    """Seconds for the E-step's hidden layer alone, best of 20.
+
+    Four products [4096, 128] x [128, 128], in cache-sized slices.
     """
     hidden, weight = torch.randn(8, 4, 512, WIDTH), torch.randn(4, WIDTH, WIDTH)
     best = float("inf")
@@ -101,12 +100,12 @@ def main() -> None:
         elapsed = time.process_time() - start
         best = max(best, (UPDATES / elapsed, dual_s / elapsed))
     rate, share = best
+    iterations, load = agent.diagnostics["dual_iterations"], os.getloadavg()[0]
     print(
-        f"{rate:.1f} gradient updates/s, dual {share:.1%} of the time ({agent.diagnostics['dual_iterations']:.1f} iterations)"
+        f"{rate:.1f} gradient updates/s, dual {share:.1%} of the time ({iterations:.1f} iterations)"
     )
-    print(
-        f"the E-step's hidden layer alone: {matrix_products_s() * 1e3:.1f} ms; load average {os.getloadavg()[0]:.1f}"
-    )
+    milliseconds = matrix_products_s() * 1e3
+    print(f"the E-step's hidden layer alone: {milliseconds:.1f} ms; load average {load:.1f}")
     ok = rate >= 50 and share <= 0.15
     print("ok" if ok else "FAILED: at least 50 updates/s and at most 15 % required")
     sys.exit(not ok)

@@ -1,19 +1,17 @@
-"""PPO-Lagrangian and CPO against OmniSafe 0.5.0, side by side: steps per second over two updates of
-20000 steps.
+"""PPO-Lagrangian and CPO against OmniSafe 0.5.0, side by side: steps per second.
 
-    python tests/performance/baselines_vs_omnisafe.py [--task SafetyHopperVelocity-v1] [--agents
-    ppo-lagrangian cpo]
-        [--num-envs 1 4] [--omnisafe-python PATH]
+    python tests/performance/baselines_vs_omnisafe.py [--task SafetyHopperVelocity-v1]
+        [--agents ppo-lagrangian cpo] [--num-envs 1 4] [--omnisafe-python PATH]
 
-Both sides: default settings (20000 steps per update, 64x64 tanh; PPO-Lagrangian 40 passes of batch
-64 with early stop, CPO 10 critic passes of batch 128), observation normalisation with clip 5, one
-process, the same number of environments; OmniSafe with ``--threads`` torch threads (its own default
-of 16 is slower on a small machine), ours with one. Order alternates per agent; run it on an
-otherwise idle machine.
+Two updates of 20000 steps. Both sides: default settings (20000 steps per update, 64x64 tanh;
+PPO-Lagrangian 40 passes of batch 64 with early stop, CPO 10 critic passes of batch 128),
+observation normalisation with clip 5, one process, the same number of environments; OmniSafe with
+``--threads`` torch threads (its own default of 16 is slower on a small machine), ours with one. Run
+it on an otherwise idle machine.
 
 OmniSafe is never a dependency of this project. It needs Python 3.10 and old pins, so it lives in a
-virtual environment of its own, made on first use beside the temporary files (about 3 GB, mostly
-torch's CUDA libraries, which are not used):
+virtual environment of its own, created on first use in the folder for temporary files (about 3 GB,
+mostly torch's CUDA libraries, which are not used):
 
     python3.10 -m venv VENV
     VENV/bin/pip install omnisafe==0.5.0 "numpy<2" "torch==2.4.1" "moviepy<2" "setuptools<80"
@@ -57,7 +55,7 @@ if __name__ == "__main__":
 
 
 def omnisafe_python(given: str | None) -> Path:
-    """The interpreter of OmniSafe's environment, made if need be."""
+    """The interpreter of OmniSafe's environment, which is created if necessary."""
     if given:
         return Path(given)
     venv = Path(tempfile.gettempdir()) / "scpo-bench-omnisafe-0.5.0"
@@ -96,7 +94,7 @@ def run_omnisafe(
 
 
 def make_environments(task: str, num_envs: int) -> Any:
-    """The task as our agents train on it: SB3's DummyVecEnv, observations normalised with clip 5."""
+    """The task as our agents train on it: SB3's DummyVecEnv, observations clipped at 5."""
     import gymnasium as gym
     from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
@@ -108,7 +106,7 @@ def make_environments(task: str, num_envs: int) -> Any:
 
 
 def run_ours(agent: str, task: str, num_envs: int) -> dict[str, float]:
-    """As ``run_omnisafe``. In this process, one torch thread."""
+    """As ``run_omnisafe``, in this process, with one torch thread."""
     import torch
     from stable_baselines3.common.callbacks import BaseCallback
 
@@ -179,9 +177,8 @@ def main() -> None:
     arguments = parser.parse_args()
     python = omnisafe_python(arguments.omnisafe_python)
     raw = raw_speed(arguments.task)
-    print(
-        f"{arguments.task}: one bare environment {raw:.0f} steps/s; load average {os.getloadavg()[0]:.1f}"
-    )
+    load = os.getloadavg()[0]
+    print(f"{arguments.task}: one bare environment {raw:.0f} steps/s; load average {load:.1f}")
     worst = float("inf")
     for agent in arguments.agents:
         for num_envs in arguments.num_envs:
@@ -191,7 +188,8 @@ def main() -> None:
             worst = min(worst, ratio)
             share = STEPS_PER_UPDATE / ours["rollout_s"] / raw
             print(
-                f"{agent}, {num_envs} environment(s): {ratio:.1f} times OmniSafe; rollout at {share:.0%} of the raw speed"
+                f"{agent}, {num_envs} environment(s): {ratio:.1f} times OmniSafe; "
+                f"rollout at {share:.0%} of the raw speed"
             )
             for name, figures in (("ours", ours), ("omnisafe", theirs)):
                 print(

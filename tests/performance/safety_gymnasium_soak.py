@@ -1,15 +1,15 @@
 """Random stepping over random tasks, seeds and actions: no crash, no NaN, no memory growth.
 
-    python tests/performance/safety_gymnasium_soak.py --minutes 20 [--seed 0] [--vision] [--original
-    0.1]
+    python tests/performance/safety_gymnasium_soak.py --minutes 20 [--seed 0] [--vision]
+        [--original 0.1]
 
 Tasks are made, used for up to 400 steps with resets, sometimes replaced by their own pickle, and
-closed.  Actions are random, extreme, zero, held, or beyond the bounds.  Memory is the process's
+closed. Actions are random, extreme, zero, held, or beyond the bounds. Memory is the process's
 resident set after a collection and, on glibc, after the allocator has given its free pages back
-(raw readings jump by the 50 to 100 MB that it keeps of a compilation); the raw one is printed
-beside it.  Growth is counted from the end of the warm-up (a tenth of the time, 60 s at least) to
-the end, as medians of each tenth. ``--original`` gives that share of the environments the original
-code path; it makes memory harder to judge, since MuJoCo keeps what it compiled last, with the sky
+(raw readings vary by the 50 to 100 MB that it keeps of a compilation); the raw one is printed as
+well. Growth is counted from the end of the warm-up (a tenth of the time, 60 s at least) to the end,
+as medians of each tenth. ``--original`` gives that share of the environments the original code
+path; it makes memory harder to judge, since MuJoCo keeps what it compiled last, with the sky
 (190 MB) if that was the original path's. Exit status 1 on a crash, a value that is not finite, or
 growth beyond 50 MB.
 """
@@ -51,9 +51,7 @@ def give_back_free_pages() -> None:
 def action_of(
     rng: np.random.Generator, kind: int, space: gymnasium.spaces.Box, held: np.ndarray
 ) -> np.ndarray:
-    """One action of a kind: random, a corner of the box, zero, held, far outside, an edge per
-    component.
-    """
+    """One action of a kind: random, a corner, zero, held, far outside, or an edge per component."""
     if kind == 0:
         return rng.uniform(space.low, space.high)
     if kind == 1:
@@ -156,7 +154,8 @@ def main() -> None:
         sys.exit("too short to judge memory: give it 3 minutes or more")
     growth = float(np.median(last) - np.median(first))
     print(
-        f"resident memory: {np.median(first):.1f} MB after warm-up, {np.median(last):.1f} MB at the end, {growth:+.1f}"
+        f"resident memory: {np.median(first):.1f} MB after warm-up, "
+        f"{np.median(last):.1f} MB at the end, {growth:+.1f}"
     )
     if growth > GROWTH_LIMIT_MB:
         sys.exit(f"memory grew by {growth:.1f} MB, more than {GROWTH_LIMIT_MB}")

@@ -1,11 +1,10 @@
-"""Speed of the fast path against the original code path: interleaved in one run, medians over
-rounds.
+"""Speed of the fast path against the original code path.
 
     python tests/performance/safety_gymnasium_speed.py [--rounds 15] [--steps 200] [ids ...]
 
 Prints a table: steps/s of both paths and their ratio, then milliseconds per reset of both and their
-ratio.  A round times the same steps, from the same seed with the same actions, on one path and then
-the other; a ratio is the median of the rounds' ratios, so that load from elsewhere hits both alike.
+ratio. A round times the same steps, from the same seed with the same actions, on one path and then
+the other; a ratio is the median of the rounds' ratios, so that other load affects both alike.
 """
 
 from __future__ import annotations
@@ -88,13 +87,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     arguments = parser.parse_args()
     print(
-        f"{'task':<24} {'fast':>8} {'original':>9} {'ratio':>6}   {'reset ms':>9} {'original':>9} {'ratio':>6}"
+        f"{'task':<24} {'fast':>8} {'original':>9} {'ratio':>6}   "
+        f"{'reset ms':>9} {'original':>9} {'ratio':>6}"
     )
     for env_id in arguments.ids:
         m = measure(env_id, arguments.rounds, arguments.steps)
         print(
-            f"{env_id:<24} {arguments.steps / m['fast']:>6.0f}/s {arguments.steps / m['original']:>7.0f}/s "
-            f"{m['speedup']:>6.2f}   {1e3 * m['fast_reset']:>9.2f} {1e3 * m['original_reset']:>9.1f} "
+            f"{env_id:<24} {arguments.steps / m['fast']:>6.0f}/s "
+            f"{arguments.steps / m['original']:>7.0f}/s {m['speedup']:>6.2f}   "
+            f"{1e3 * m['fast_reset']:>9.2f} {1e3 * m['original_reset']:>9.1f} "
             f"{m['reset_speedup']:>6.0f}",
             flush=True,
         )

@@ -1,0 +1,692 @@
+"""The agents' updates, step by step: each against numbers by hand or the same step by autograd."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from constrained_mdps import MdpVecEnv, Speed
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import VecNormalize
+from torch.distributions import Normal
+
+from scpo_bench.baselines import cpo, cvpo, ppo_lagrangian
+from scpo_bench.baselines.actors import actor_of
+from scpo_bench.baselines.cpo import CPO, CPOConfig
+from scpo_bench.baselines.cpo_dual import Case, TrustRegionStep
+from scpo_bench.baselines.cvpo import CVPO, CVPOConfig
+from scpo_bench.baselines.cvpo_dual import cost_threshold, e_step
+from scpo_bench.baselines.on_policy import OnPolicyConfig
+from scpo_bench.baselines.ppo_lagrangian import PPOLagrangian
+from scpo_bench.baselines.rollout import Rollout
+
+torch.set_num_threads(1)  # the networks are too small for more threads to help
+
+BOX = spaces.Box(-1.0, 1.0, (1,), np.float32)
+ON_POLICY = {"steps_per_update": 400, "critic_passes": 3, "batch_size": 100}
+OFF_POLICY = {
+    "steps_per_update": 100,
+    "learning_starts": 100,
+    "updates_per_step": 0.05,
+    "batch_size": 32,
+    "net_arch": (16, 16),
+    "buffer_size": 2000,
+    "episode_steps": 40,
+    "gamma": 0.9,
+}
+
+
+def make(agent_class, env=None, **config):
+    """A small agent on Speed (5 environments, limit 10)."""
+    small = OFF_POLICY if agent_class is CVPO else ON_POLICY
+    config = {"cost_limit": 10.0} | small | config
+    return agent_class("MlpPolicy", env or MdpVecEnv(Speed(), 5), seed=0, **config)
+
+
+# ---- collected data ----
+
+
+class Linear:
+    """A critic whose value is a multiple of the observation."""
+
+    def __init__(self, slope):
+        self.slope = slope
+
+    def forward(self, observations):
+        return np.float32(self.slope) * observations
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.1])
+def test_time_limits_bootstrap_and_terminations_do_not(scale):
+    """An episode cut by its time limit is worth what would have followed; a terminated one is not.
+
+    Two environments of three steps: at t = 1 the first is truncated (at an observation of value 4),
+    the second terminates. Reward and value 1 and 2 everywhere, gamma = lambda = 1/2. t = 2: delta
+    = 1 + 2/2 - 2 = 0; t = 1: 1 + 4/2 - 2 = 1 and 1 + 0 - 2 = -1; t = 0: delta = 0, plus 1/4 of
+    t = 1. The cost is the same signal with gamma = 1 and lambda = 0: t = 2: 1 + 2 - 2 = 1; t = 1:
+    1 + 4 - 2 = 3 and 1 + 0 - 2 = -1; t = 0: 1. ``return_scale``: critics predict, and are fitted
+    to, scaled returns; advantages are not scaled.
+    """
+    rollout = Rollout(3, BOX, BOX, n_envs=2, n_costs=1)
+    twos = np.full((2, 1), 2.0, np.float32)
+    for _ in range(2):  # a second collection forgets the truncations of the first
+        rollout.reset()
+        for t in range(3):
+            ended = np.full(2, t == 1)
+            infos = [{"terminal_observation": np.array([4.0])} for _ in range(2)]
+            infos[0]["TimeLimit.truncated"] = True
+            rollout.store(t, twos, twos, np.ones(2), np.ones((2, 1)), ended, infos)
+    advantages, returns = rollout.advantages_and_returns(
+        [Linear(scale)] * 2, twos, [0.5, 1.0], [0.5, 0.0], scale
+    )
+    expected = [[[0.25, -0.25], [1, -1], [0, 0]], [[1, 1], [3, -1], [1, 1]]]
+    np.testing.assert_allclose(advantages, expected, atol=1e-6)
+    np.testing.assert_allclose(returns, scale * (np.array(expected) + 2), atol=1e-6)
+    assert rollout.truncated_at == [(1, 0)]
+
+
+@pytest.mark.parametrize("agent_class", [PPOLagrangian, CPO])
+def test_collected_steps_are_what_the_environment_returned(agent_class):
+    """Rewards, costs and ends reach the update in order, 400 steps rounded up to 7 environments."""
+    agent = make(agent_class, MdpVecEnv(Speed(), 7))
+    agent.learn(1)
+    rollout = agent.rollout_buffer
+    assert rollout.ends.shape == (58, 7)
+    assert rollout.ends[39].all()
+    assert rollout.ends.sum() == 7
+    following = 0.8 * rollout.observations[:, :, 0]
+    following += 0.2 * np.clip(rollout.actions[:, :, 0], -1, 1)
+    np.testing.assert_allclose(rollout.signals[0], following, atol=1e-5)
+    np.testing.assert_allclose(rollout.signals[1], following**2, atol=1e-5)
+    assert np.abs(rollout.actions).max() > 1.0  # stored as sampled, applied clipped
+
+
+def test_the_batch_of_an_update_has_a_discount_per_signal():
+    """Rewards and costs have their own gamma and lambda; ``return_scale`` reaches the targets."""
+    config = {"gamma": 0.5, "gae_lambda": 0.25, "cost_gamma": 0.75, "cost_gae_lambda": 0.125}
+    agent = make(PPOLagrangian, return_scale=0.5, **config)
+    agent.learn(1)
+    seen = {}
+
+    def record(*arguments):
+        seen["gammas"], seen["lambdas"], seen["scale"] = arguments[2:]
+        return np.zeros((2, 80, 5)), np.ones((2, 80, 5))
+
+    agent.rollout_buffer.advantages_and_returns = record
+    batch = agent._batch(actor_of(agent.policy), agent._critics())
+    assert seen == {"gammas": [0.5, 0.75], "lambdas": [0.25, 0.125], "scale": 0.5}
+    assert batch.advantages.shape == batch.returns.shape == (2, 400)
+    np.testing.assert_array_equal(batch.observations[:5], agent.rollout_buffer.observations[0])
+
+
+@pytest.mark.parametrize("agent_class", [PPOLagrangian, CPO, CVPO])
+def test_a_reset_from_outside_drops_running_episodes(agent_class):
+    """A cost collected before a reset would be charged to an episode that never ended."""
+    agent = make(agent_class, **{"steps_per_update": 100})
+    agent.learn(100)  # half of an episode each
+    assert agent.episode_costs.length_N.tolist() == [20.0] * 5
+    agent.learn(200)  # SB3 resets the environments first
+    assert agent.episode_costs.lengths == [40.0] * 5
+
+
+# ---- on-policy updates ----
+
+
+@pytest.mark.parametrize("l2", [0.0, 0.1])
+def test_critic_step_descends_the_squared_error_and_the_penalty(l2):
+    """Every critic's gradient against autograd; its error is reported; its optimiser is its own."""
+    agent = make(CPO, critic_l2=l2, max_grad_norm=1e9)
+    critics = agent._critics()
+    rng = np.random.default_rng(0)
+    observations = rng.normal(size=(9, 1)).astype(np.float32)
+    returns = rng.normal(size=(2, 9)).astype(np.float32)
+    for critic, target in zip(critics, torch.from_numpy(returns)):
+        value = critic_of(critic)(torch.from_numpy(observations))[:, 0]
+        error = (value - target).square().mean()
+        penalty = sum(p.square().sum() for p in critic.tensors)
+        gradients = torch.autograd.grad(error + l2 * penalty, critic.tensors)
+        critic.expected = (error.item(), np.concatenate([g.numpy().ravel() for g in gradients]))
+    starts = [critic.theta.copy() for critic in critics]
+    errors = agent._critic_step(critics, observations, returns)
+    for i, critic in enumerate(critics):
+        assert errors[i] == pytest.approx(critic.expected[0], rel=1e-5)
+        np.testing.assert_allclose(critic.grad, critic.expected[1], rtol=1e-3, atol=1e-6)
+        moved = np.abs(critic.grad) > 1e-4  # Adam's first step has the length of the step size
+        step = -agent.config.critic_lr * np.sign(critic.grad[moved])
+        np.testing.assert_allclose((critic.theta - starts[i])[moved], step, rtol=2e-2)
+        assert agent.optimizers[f"critic_{i}"].steps == 1
+
+
+def critic_of(mlp):
+    """The critic's network in torch, from the parameters that ``mlp`` copies."""
+
+    def forward(x):
+        for weight, bias in zip(mlp.tensors[:-2:2], mlp.tensors[1:-2:2]):
+            x = torch.tanh(x @ weight.T + bias)
+        return x @ mlp.tensors[-2].T + mlp.tensors[-1]
+
+    return forward
+
+
+def test_minibatches_cover_the_data_once_in_random_order():
+    """A step left out, or used twice, would weight the data of an update wrongly."""
+    agent = make(CPO, batch_size=100)
+    parts = list(agent._minibatches(250))
+    assert [len(part) for part in parts] == [100, 100, 50]
+    order = np.concatenate(parts)
+    assert sorted(order) == list(range(250))
+    assert list(order) != list(range(250))
+
+
+def diagnostics_of(agent, steps):
+    """The diagnostics of every update of a run."""
+    collected, publish = [], agent._publish
+    agent._publish = lambda numbers: (publish(numbers), collected.append(agent.diagnostics))
+    agent.learn(steps)
+    return collected
+
+
+def test_ppo_lagrangian_multiplier_follows_this_updates_excess():
+    """Adam's first step has length lr in the direction of J_C - limit: up above it, down below."""
+    for limit, expected in ((1e-3, 0.25), (1e3, 0.15), (np.inf, 0.0)):
+        agent = make(PPOLagrangian, cost_limit=limit, multiplier_init=0.2, multiplier_lr=0.05)
+        agent.learn(400)
+        assert agent.diagnostics["multiplier"] == pytest.approx(expected, abs=1e-6)
+        assert agent.diagnostics["episodic_cost"] == pytest.approx(
+            np.mean(agent.episode_costs.finished)
+        )
+        assert agent.diagnostics["episodes"] == 10
+
+
+@pytest.mark.parametrize("standardise", [True, False])
+def test_ppo_lagrangian_advantages_are_centred_and_only_rewards_scaled(standardise, monkeypatch):
+    """A cost advantage divided by its deviation would give the multiplier another unit."""
+    agent, seen = make(PPOLagrangian, standardise_rewards=standardise, critic_passes=1), {}
+    original = agent._batch
+
+    def batch(*arguments):
+        seen["batch"] = original(*arguments)
+        return seen["batch"]
+
+    def mixed(reward, cost, multipliers):
+        seen["reward"], seen["cost"] = reward, cost
+        return reward - cost[0]
+
+    agent._batch = batch
+    monkeypatch.setattr(ppo_lagrangian, "lagrangian_advantages", mixed)
+    agent.learn(400)
+    raw = seen["batch"].advantages
+    scale = raw[0].std() if standardise else 1.0
+    np.testing.assert_allclose(seen["reward"], (raw[0] - raw[0].mean()) / scale, atol=1e-5)
+    np.testing.assert_allclose(seen["cost"][0], raw[1] - raw[1].mean(), atol=1e-6)
+
+
+def test_ppo_lagrangian_step_size_decays_from_its_full_value():
+    """Four updates: the first uses all of ``actor_lr``, the last a quarter; constant on request."""
+    decaying = diagnostics_of(make(PPOLagrangian, actor_lr=4e-3), 1600)
+    assert [d["actor_lr"] for d in decaying] == pytest.approx([4e-3, 3e-3, 2e-3, 1e-3])
+    constant = diagnostics_of(make(PPOLagrangian, actor_lr=4e-3, actor_lr_decay=False), 800)
+    assert [d["actor_lr"] for d in constant] == [4e-3, 4e-3]
+
+
+def test_ppo_lagrangian_stops_its_passes_beyond_the_kl_bound():
+    """The pass that exceeds ``target_kl`` is the last one; without a bound all passes are taken."""
+    short = make(PPOLagrangian, target_kl=1e-9, actor_lr=1e-3).learn(400)
+    assert short.diagnostics["passes"] == 1
+    assert short.diagnostics["kl"] > 1e-9
+    assert make(PPOLagrangian, target_kl=1e9).learn(400).diagnostics["passes"] == 3
+
+
+def dense_solve(agent, batch, gradient):
+    """(F + damping I)^-1 gradient with the Fisher matrix F written out column by column."""
+    actor = actor_of(agent.policy)
+    head = actor.head(batch.observations, batch.offset)
+    columns = [
+        actor.fisher_product(head, column)
+        for column in np.eye(actor.mlp.theta.size, dtype=np.float32)
+    ]
+    damped = np.array(columns, np.float64) + agent.config.cg_damping * np.eye(len(columns))
+    return np.linalg.solve(damped, gradient)
+
+
+def test_cpo_solves_the_subproblem_of_its_data(monkeypatch):
+    """q, r, s from gradients of the surrogates by autograd and a dense Fisher matrix; c per step.
+
+    b.x is a change of cost per step, so c must be the episode's excess over the limit, per step.
+    """
+    policy_kwargs = {"net_arch": [4]}
+    agent = make(CPO, cg_iterations=60, policy_kwargs=policy_kwargs, cost_limit=2.0)
+    seen, original = {}, agent._batch
+
+    def batch(*arguments):
+        seen["batch"] = original(*arguments)
+        seen["policy"] = copy.deepcopy(agent.policy)
+        return seen["batch"]
+
+    def subproblem(*arguments):
+        seen["subproblem"] = arguments
+        return TrustRegionStep(Case.FROM_INSIDE, 2.0, -3.0, 1.0, 1.0)
+
+    def search(actor, batch, head, direction, reward, cost, c, recovery):
+        seen["search"] = (direction, reward, cost, c, recovery)
+        return cpo.Surrogates(0.0, 0.0, 0.0), 0.0, 1
+
+    agent._batch, agent._line_search = batch, search
+    monkeypatch.setattr(cpo, "trust_region_step", subproblem)
+    agent.learn(400)
+    q, r, s, c, delta = seen["subproblem"]
+    data, policy = seen["batch"], seen["policy"]
+    assert c == pytest.approx((np.mean(agent.episode_costs.finished) - 2.0) / 40)
+    assert delta == agent.config.target_kl
+
+    raw = data.advantages
+    reward = (raw[0] - raw[0].mean()) / raw[0].std()
+    cost = raw[1] - raw[1].mean()
+    _, log_prob, _ = policy.evaluate_actions(
+        *map(torch.from_numpy, (data.observations, data.actions))
+    )
+    tensors = actor_of(policy).mlp.tensors
+    g, b = (
+        np.concatenate(
+            [t.numpy().ravel() for t in torch.autograd.grad(objective, tensors, retain_graph=True)]
+        )
+        for objective in ((log_prob * torch.from_numpy(a)).mean() for a in (reward, cost))
+    )
+    agent.policy = policy
+    on_g, on_b = dense_solve(agent, data, g), dense_solve(agent, data, b)
+    np.testing.assert_allclose([q, r, s], [g @ on_g, g @ on_b, b @ on_b], rtol=1e-3, atol=1e-6)
+    direction = seen["search"][0]
+    np.testing.assert_allclose(direction, 2 * on_g - 3 * on_b, rtol=1e-2, atol=1e-3)
+    np.testing.assert_allclose(seen["search"][1], reward, atol=1e-5)
+    np.testing.assert_allclose(seen["search"][2], cost, atol=1e-6)
+    assert seen["search"][3:] == (c, False)
+
+
+def test_cpo_fisher_matrix_of_every_nth_state():
+    """``fisher_stride``: the curvature comes from a subset of the states, as documented."""
+    agent = make(CPO, fisher_stride=4, cg_damping=0.0)
+    agent.learn(400)
+    actor = actor_of(agent.policy)
+    batch = agent._batch(actor, agent._critics())
+    states, product = [], actor.fisher_product
+    actor.fisher_product = lambda head, v: (states.append(len(head)), product(head, v))[1]
+    g = np.ones(actor.mlp.theta.size, np.float32)
+    agent._solve(actor, batch, g, g, 1.0)
+    assert set(states) == {100}
+
+
+# ---- CPO's line search ----
+
+
+def line_search(agent, direction_scale, c, recovery=False, **overrides):
+    """(theta before, theta after, result) of one line search along scale * ones, on fresh data."""
+    actor = actor_of(agent.policy)
+    batch = agent._batch(actor, agent._critics())
+    head = actor.head(batch.observations, batch.offset)
+    before = actor.mlp.theta.copy()
+    direction = np.full_like(before, direction_scale)
+    zeros = np.zeros(len(batch.observations), np.float32)
+    given = {"reward_advantages": zeros, "cost_advantages": zeros} | overrides
+    result = agent._line_search(actor, batch, head, direction, **given, c=c, recovery=recovery)
+    return before, actor.mlp.theta, result
+
+
+@pytest.fixture
+def collected():
+    """CPO with one update's data."""
+    return make(CPO).learn(400)
+
+
+@pytest.mark.parametrize("scale", [1e3, np.inf, np.nan])
+def test_failed_line_search_restores_exactly(collected, scale):
+    """Steps too long, and non-finite ones, are tried, shrunk, and then undone to the last bit."""
+    before, after, (surrogates, fraction, tried) = line_search(collected, scale, c=-1.0)
+    np.testing.assert_array_equal(before, after)
+    assert (fraction, tried, surrogates.kl) == (0.0, CPOConfig().line_search_steps, 0.0)
+
+
+def test_line_search_shrinks_past_a_non_finite_step(collected):
+    """A step that overflows must be shrunk like any other, not tried again at the same length."""
+    collected.config = CPOConfig(line_search_steps=200, line_search_shrink=0.5, target_kl=0.01)
+    before, after, (surrogates, fraction, _) = line_search(collected, 1e30, c=-1.0)
+    assert 0 < fraction < 1e-25
+    assert 0 < surrogates.kl <= 0.01
+    assert not np.array_equal(before, after)
+
+
+def test_line_search_takes_the_longest_step_within_the_trust_region(collected):
+    """Fraction 0.8^n for the first n that fits, with the KL of that step."""
+    collected.config = CPOConfig(target_kl=0.002)
+    before, after, (surrogates, fraction, tried) = line_search(collected, 0.02, c=-1.0)
+    assert tried > 1
+    assert fraction == pytest.approx(0.8 ** (tried - 1))
+    np.testing.assert_allclose(after - before, 0.02 * fraction, rtol=1e-4)
+    assert 0.002 * 0.8**2.5 < surrogates.kl <= 0.002
+
+
+@pytest.mark.parametrize(
+    ("reward", "cost", "c", "recovery", "accepted"),
+    [
+        (1.0, 0.0, -1.0, False, True),
+        (-1.0, 0.0, -1.0, False, False),  # loses reward
+        (-1.0, 0.0, 1.0, True, True),  # which a recovery step may
+        (0.0, 1.0, -10.0, False, True),  # costs less than what is left
+        (0.0, 1.0, -1e-6, False, False),  # costs more than what is left
+        (0.0, 1.0, 1.0, False, False),  # from outside, the cost must not rise at all
+        (0.0, -1.0, 1.0, True, True),
+        (0.0, 1.0, 1.0, True, False),
+    ],
+)
+def test_line_search_conditions(collected, reward, cost, c, recovery, accepted):
+    """A step is taken only if it keeps the reward (recovery excepted) and the constraint.
+
+    Advantages are chosen along the step: (ratio - 1) has the sign of its own value at that step.
+    """
+    actor = actor_of(collected.policy)
+    batch = collected._batch(actor, collected._critics())
+    head = actor.head(batch.observations, batch.offset)
+    old = actor.log_prob(head, batch.actions)
+    actor.mlp.theta += np.float32(1e-3)
+    change = actor.log_prob(actor.head(batch.observations, batch.offset), batch.actions) - old
+    along = np.sign(change).astype(np.float32)
+    _, _, (surrogates, fraction, _) = line_search(
+        collected,
+        1e-3,
+        c,
+        recovery,
+        reward_advantages=reward * along,
+        cost_advantages=cost * along,
+    )
+    assert (fraction > 0) == accepted
+    if accepted:
+        assert np.sign([surrogates.reward_gain, surrogates.cost_gain]).tolist() == [reward, cost]
+
+
+# ---- CVPO ----
+
+
+class Ends(MdpVecEnv):
+    """Two environments: at step 3 the first is truncated, the second terminates."""
+
+    def step_wait(self):
+        observations, rewards, dones, infos = super().step_wait()
+        if self.elapsed == 3:
+            dones = np.ones(2, dtype=bool)
+            for info, observation in zip(infos, observations):
+                info |= {"terminal_observation": observation, "TimeLimit.truncated": False}
+            infos[0]["TimeLimit.truncated"] = True
+            observations = self._start()
+        return observations, rewards, dones, infos
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_cvpo_stores_transitions_unnormalised(normalised):
+    """Statistics change during training: what is stored must be what the environment returned.
+
+    At an episode's end the next observation is the terminal one, and only a termination ends the
+    returns.
+    """
+    env = Ends(Speed(), 2)
+    agent = make(CVPO, VecNormalize(env, gamma=0.9) if normalised else env, learning_starts=1000)
+    agent.learn(20)
+    replay = agent.replay_buffer
+    assert replay.stored >= 10
+    observations, actions = replay.observations[:10, :, 0], replay.actions[:10, :, 0]
+    following = 0.8 * observations + 0.2 * actions
+    for stored in (replay.next_observations[:10, :, 0], replay.rewards[:10]):
+        np.testing.assert_allclose(stored, following, atol=1e-4)
+    np.testing.assert_allclose(replay.costs[:10], following**2, atol=1e-4)
+    ends = np.arange(10) % 3 == 2
+    np.testing.assert_array_equal(replay.ends[:10], np.stack([ends, ends], axis=1))
+    np.testing.assert_array_equal(replay.terminated[:10], np.stack([ends & False, ends], axis=1))
+    np.testing.assert_allclose(observations[1:][~ends[:-1]], following[:-1][~ends[:-1]], atol=1e-4)
+
+
+def trained_cvpo(**config):
+    """CVPO after one training phase, so that networks and targets differ."""
+    return make(CVPO, **config).learn(300)
+
+
+@pytest.mark.parametrize("pessimistic", [True, False])
+def test_cvpo_critic_targets(pessimistic):
+    """scale (r + gamma r') + gamma^2 Q: Q the lower for rewards, the higher or mean for costs.
+
+    The next actions are the target policy's, clipped to the action space.
+    """
+    agent = trained_cvpo(return_scale=0.5, pessimistic_cost=pessimistic, initial_std=2.0)
+    policy, seen = agent.policy, {}
+
+    def regression(observations, actions, targets):
+        seen["targets"], seen["observations"] = targets, observations
+        return torch.tensor([1.0, 3.0, 5.0, 9.0])
+
+    policy.critics.regression = regression
+    state = copy.deepcopy(agent.rng)
+    observations, losses = agent._critic_step(32)
+    assert losses == {"reward_critic_loss": 2.0, "cost_critic_loss": 7.0}
+    assert observations is seen["observations"]
+
+    agent.rng = state
+    batch = agent.replay_buffer.sample(32, agent.config.n_step, 0.9, agent.rng)
+    rewards, costs, discounts = map(torch.from_numpy, (batch.rewards, batch.costs, batch.discounts))
+    following = torch.from_numpy(batch.next_observations)
+    with torch.no_grad():
+        mean, std = policy.actor_target(following)
+        noise = agent.rng.standard_normal((32, 1, 1), dtype=np.float32)[:, 0]
+        actions = (mean + std * torch.from_numpy(noise)).clamp(-1.0, 1.0)
+        values = policy.critics_target(following, actions.unsqueeze(1))[:, :, 0]
+    cost = torch.maximum(values[2], values[3]) if pessimistic else (values[2] + values[3]) / 2
+    reward_target = 0.5 * rewards + discounts * torch.minimum(values[0], values[1])
+    cost_target = 0.5 * costs + discounts * cost
+    expected = torch.stack([reward_target, reward_target, cost_target, cost_target])
+    torch.testing.assert_close(seen["targets"], expected)
+    assert (actions.abs() == 1.0).any()
+
+
+def test_cvpo_e_step_gets_values_and_a_threshold_in_the_critics_unit(monkeypatch):
+    """``return_scale`` applies to the threshold as to the critics; d is discounted over T steps."""
+    agent, seen = trained_cvpo(return_scale=0.5, kl_bound=0.03), {}
+    assert agent.threshold() == pytest.approx(cost_threshold(10.0, 0.9, 40))
+
+    def record(*arguments):
+        seen["arguments"] = arguments
+        return e_step(*arguments)
+
+    monkeypatch.setattr(cvpo, "e_step", record)
+    observations, actions = torch.rand(6, 1), 3 * torch.randn(6, 4, 1)
+    agent._e_step(observations, actions)
+    reward, cost, eps, threshold = seen["arguments"]
+    values = agent.policy.critics_target(observations, actions.clamp(-1.0, 1.0)).numpy()
+    np.testing.assert_allclose(reward, values[:2].min(axis=0))
+    np.testing.assert_allclose(cost, values[2:].max(axis=0))
+    assert eps == 0.03
+    assert threshold == pytest.approx(0.5 * cost_threshold(10.0, 0.9, 40))
+
+
+def test_cvpo_m_step_fits_the_weights_within_the_kl_bounds():
+    """One Adam step on the loss written with torch's densities, and both multipliers by hand."""
+    config = {"mean_kl_bound": 0.001, "covariance_kl_bound": 0.1, "m_step_multiplier_lr": 0.5}
+    agent = trained_cvpo(max_grad_norm=1e9, return_scale=0.5, **config)
+    agent.mean_multiplier, agent.covariance_multiplier = 3.0, 7.0
+    torch.manual_seed(0)
+    observations = torch.rand(6, 1)
+    mean, std = (t.detach() for t in agent.policy.actor(observations))
+    old_mean, old_std = mean + 0.2 * std, 1.3 * std
+    actions = old_mean.unsqueeze(1) + torch.randn(6, 4, 1) * old_std.unsqueeze(1)
+    best = e_step(*np.random.default_rng(0).normal(size=(2, 6, 4)), 0.1, 0.0)
+    twin = copy.deepcopy(agent.policy)
+    trained = twin.actor_optimizer.param_groups[0]["params"]
+    assert {id(p) for p in trained} == {id(p) for p in twin.actor.parameters()}
+
+    mean, std = twin.actor(observations)
+    by_mean, by_std = Normal(mean, old_std), Normal(old_mean, std)
+    log_prob = sum(
+        Normal(d.loc.unsqueeze(1), d.scale.unsqueeze(1)).log_prob(actions).sum(-1)
+        for d in (by_mean, by_std)
+    )
+    fit = (torch.from_numpy(best.weights).float() * log_prob).sum(dim=1).mean()
+    kl_mean, kl_std = (
+        torch.distributions.kl_divergence(Normal(old_mean, old_std), d).sum(-1).mean()
+        for d in (by_mean, by_std)
+    )
+    twin.actor_optimizer.zero_grad()
+    (-fit + 3.0 * kl_mean + 7.0 * kl_std).backward()
+    twin.actor_optimizer.step()
+
+    numbers = agent._m_step(observations, old_mean, old_std, actions, best)
+    for measured, expected in zip(agent.policy.actor.parameters(), twin.actor.parameters()):
+        torch.testing.assert_close(measured, expected, rtol=1e-4, atol=2e-6)
+    assert agent.mean_multiplier == pytest.approx(3.0 + 0.5 * (kl_mean.item() / 0.001 - 1))
+    assert agent.covariance_multiplier == pytest.approx(7.0 + 0.5 * (kl_std.item() / 0.1 - 1))
+    assert numbers["kl_mean"] == pytest.approx(kl_mean.item(), rel=1e-5)
+    assert numbers["kl_covariance"] == pytest.approx(kl_std.item(), rel=1e-4)
+    assert numbers["kl"] == numbers["kl_mean"] + numbers["kl_covariance"]
+    assert numbers["std"] == pytest.approx(std.mean().item())
+    assert numbers["cost_value_excess"] == pytest.approx(2 * best.cost_excess)
+    assert numbers["multiplier"] == best.lam
+
+
+def test_cvpo_training_phase_is_a_mean_over_its_gradient_steps():
+    """Diagnostics are means, counters are totals, and targets follow after every gradient step."""
+    agent = trained_cvpo()
+    updates, recoveries = agent._n_updates, agent.recoveries
+    followed, m_steps = [], []
+    agent.policy.follow = followed.append
+    agent._e_step = lambda *a: e_step(np.zeros((32, 16)), np.ones((32, 16)), 0.1, 0.0)
+    agent._m_step = lambda *a: (m_steps.append(a), {"kl": float(len(m_steps))})[1]
+    agent.train(4, 32)
+    assert followed == [agent.config.tau] * 4
+    assert agent.diagnostics["kl"] == 2.5
+    assert agent.recoveries == agent.diagnostics["recoveries"] == recoveries + 4
+    assert agent._n_updates == agent.diagnostics["gradient_updates"] == updates + 4
+    _, old_mean, old_std, actions, _ = m_steps[0]
+    assert actions.shape == (32, 16, 1)
+    spread = (actions - old_mean.unsqueeze(1)) / old_std.unsqueeze(1)
+    assert abs(spread.mean().item()) < 0.2
+    assert abs(spread.std().item() - 1) < 0.2
+
+
+def test_cvpo_targets_move_by_tau():
+    """targets += tau (networks - targets), for actor and critics alike."""
+    policy = trained_cvpo().policy
+    pairs = ((policy.actor, policy.actor_target), (policy.critics, policy.critics_target))
+    before = [[p.detach().clone() for p in target.parameters()] for _, target in pairs]
+    policy.follow(0.25)
+    for (online, target), old in zip(pairs, before):
+        for p, q, start in zip(online.parameters(), target.parameters(), old):
+            torch.testing.assert_close(q, start + 0.25 * (p - start))
+            assert not q.requires_grad
+
+
+def test_cvpo_actor_starts_with_the_stated_deviation():
+    """``initial_std`` is in half ranges of the action space; the mean stays inside the space."""
+    mdp = Speed()
+    mdp.action_space = spaces.Box(-1.0, 3.0, (1,), np.float32)
+    agent = make(CVPO, MdpVecEnv(mdp, 2), initial_std=0.7)
+    mean, std = agent.policy.actor(10 * torch.randn(50, 1))
+    torch.testing.assert_close(std, torch.full((50, 1), 1.4))
+    assert (mean >= -1.0).all()
+    assert (mean <= 3.0).all()
+    with torch.no_grad():
+        agent.policy.actor.mean.bias += 100.0
+        agent.policy.actor.raw_std.bias -= 100.0
+    mean, std = agent.policy.actor(torch.zeros(1, 1))
+    assert mean.item() == pytest.approx(3.0)
+    assert std.item() == pytest.approx(0.002)
+
+
+def test_cvpo_samples_have_the_policys_distribution():
+    """Actions acted with, and actions predicted, are the Gaussian's, not its mean."""
+    agent = make(CVPO, initial_std=0.1)
+    agent._last_obs = np.full((4000, 1), 0.3, np.float32)
+    with torch.no_grad():
+        mean, std = (t.item() for t in agent.policy.actor(torch.full((1, 1), 0.3)))
+    acted, stored = agent._sample_action(0)
+    np.testing.assert_array_equal(acted, stored)
+    predicted = agent.policy._predict(torch.full((4000, 1), 0.3)).detach().numpy()
+    for actions in (acted, predicted):
+        assert actions.mean() == pytest.approx(mean, abs=0.01)
+        assert actions.std() == pytest.approx(std, rel=0.05)
+    exact = agent.policy._predict(torch.full((1, 1), 0.3), deterministic=True)
+    assert exact.item() == pytest.approx(mean)
+
+
+def test_cvpo_episode_length_without_a_time_limit_is_measured():
+    """T in the threshold: the mean length of the run's finished episodes."""
+    agent = make(CVPO, episode_steps=None)
+    assert agent.threshold() == pytest.approx(cost_threshold(10.0, 0.9, 1))
+    agent.learn(300)
+    assert agent.threshold() == pytest.approx(cost_threshold(10.0, 0.9, 40))
+
+
+def test_cvpo_counts_its_steps_and_updates():
+    """100 steps of 7 environments, rounded up, and 0.05 gradient updates per step between them."""
+    agent = make(CVPO, MdpVecEnv(Speed(), 7), learning_starts=105)
+    assert (agent.gradient_steps, agent.train_freq.frequency) == (5, 15)
+    assert make(CVPO, updates_per_step=1e-6).gradient_steps == 1
+    steps = Counter()
+    agent.train = lambda gradient_steps, batch_size: steps.update([(gradient_steps, batch_size)])
+    agent.learn(315)
+    assert steps == {(5, 32): 2}  # at 210 and 315 steps: none up to learning_starts
+
+
+# ---- configuration ----
+
+
+@pytest.mark.parametrize(
+    ("config_class", "field", "good", "bad"),
+    [
+        (OnPolicyConfig, "steps_per_update", [1], [0]),
+        (OnPolicyConfig, "critic_passes", [1], [0]),
+        (OnPolicyConfig, "batch_size", [1], [0]),
+        (OnPolicyConfig, "gamma", [0.0, 1.0], [-0.1, 1.1]),
+        (OnPolicyConfig, "cost_gae_lambda", [0.0, 1.0], [-0.1, 1.1]),
+        (OnPolicyConfig, "critic_lr", [1e-9], [0.0]),
+        (OnPolicyConfig, "return_scale", [1e-9], [0.0]),
+        (OnPolicyConfig, "target_kl", [1e-9], [0.0]),
+        (OnPolicyConfig, "max_grad_norm", [1e-9], [0.0]),
+        (OnPolicyConfig, "critic_l2", [0.0], [-1.0]),
+        (OnPolicyConfig, "cost_limit", [0.0, (3.0,)], [-1.0, (1.0, 2.0), np.nan]),
+        (OnPolicyConfig, "cost_keys", [("cost",)], [(), (3,), ("a", "b")]),
+        (CPOConfig, "cg_iterations", [1], [0]),
+        (CPOConfig, "fisher_stride", [1], [0]),
+        (CPOConfig, "line_search_steps", [1], [0]),
+        (CPOConfig, "cg_damping", [0.0], [-1.0]),
+        (CPOConfig, "line_search_shrink", [0.5], [0.0, 1.0]),
+        (ppo_lagrangian.PPOLagrangianConfig, "actor_lr", [1e-9], [0.0]),
+        (ppo_lagrangian.PPOLagrangianConfig, "clip_range", [1e-9], [0.0]),
+        (ppo_lagrangian.PPOLagrangianConfig, "multiplier_init", [0.0], [-1.0]),
+        (ppo_lagrangian.PPOLagrangianConfig, "multiplier_lr", [0.0], [-1.0]),
+        (CVPOConfig, "n_step", [1], [0]),
+        (CVPOConfig, "buffer_size", [1], [0]),
+        (CVPOConfig, "action_samples", [2], [1]),
+        (CVPOConfig, "gamma", [0.0, 0.999], [-0.1, 1.0]),
+        (CVPOConfig, "tau", [1.0], [0.0, 1.1]),
+        (CVPOConfig, "initial_std", [0.01, 10], [0.001, 11]),
+        (CVPOConfig, "kl_bound", [1e-9], [0.0]),
+        (CVPOConfig, "m_step_multiplier_lr", [1e-9], [0.0]),
+        (CVPOConfig, "m_step_multiplier_max", [0.0], [-1.0]),
+        (CVPOConfig, "updates_per_step", [1e-9], [0.0]),
+        (CVPOConfig, "return_scale", [1e-9], [0.0]),
+        (CVPOConfig, "learning_starts", [0], [-1]),
+        (CVPOConfig, "cost_limit", [0.0, np.inf], [-1.0, (1.0,)]),
+    ],
+)
+def test_configuration_ranges(config_class, field, good, bad):
+    """Each field takes its documented range, ends included where they are, and nothing beyond."""
+    for value in good:
+        assert getattr(config_class(**{field: value}), field) == value
+    for value in bad:
+        with pytest.raises(ValueError, match=rf"^{config_class.__name__}\.(cost_|{field})"):
+            config_class(**{field: value})
+
+
+@pytest.mark.parametrize("agent_class", [PPOLagrangian, CPO])
+def test_on_policy_agents_run_on_the_cpu(agent_class):
+    """A device that is asked for and not used would be a surprise."""
+    assert make(agent_class, device="auto").device.type == "cpu"
+    with pytest.raises(ValueError, match=r"device: .* runs on 'cpu', got 'cuda'"):
+        make(agent_class, device="cuda")
