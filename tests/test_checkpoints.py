@@ -6,10 +6,12 @@ import itertools
 import multiprocessing
 import os
 import pickle
+import random
 import time
 
 import numpy as np
 import pytest
+import torch
 
 from scpo_bench.records.files import (
     CHECKPOINT_FILE,
@@ -150,12 +152,14 @@ HOPPER_CVPO = HOPPER.model_copy(update={"agent": "cvpo", "config": OFF_POLICY})
 
 @pytest.mark.parametrize(
     ("cell", "workers"),
-    [(cell_of("cpo"), 1), (HOPPER, 1), (HOPPER, 2), (HOPPER_CVPO, 1)],
-    ids=["native", "normalised", "two workers", "off-policy"],
+    [(cell_of("cpo"), 1), (cell_of("ppo"), 1), (HOPPER, 1), (HOPPER, 2), (HOPPER_CVPO, 1)],
+    ids=["native", "global generators", "normalised", "two workers", "off-policy"],
 )
 def test_an_interrupted_run_resumes_with_equal_digest(tmp_path, cell, workers, monkeypatch):
     """A checkpoint must hold everything: policy, statistics, environments, generators, counters."""
     stop_after(cell, tmp_path / "stopped", 3, monkeypatch, workers)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):  # as in another process
+        seed(99)
     resumed_at = []
 
     def note(steps, updates):

@@ -67,6 +67,20 @@ class Scripted(gym.Env):
         return np.zeros(1, np.float32), float(self.t), self.t == 5, False, info
 
 
+class Drawn(Scripted):
+    """One step; its reward, cost, constraint value and loss are a number drawn at the reset."""
+
+    def reset(self, *, seed=None, options=None):
+        result = super().reset(seed=seed)
+        self.number = self.np_random.uniform()
+        return result
+
+    def step(self, action):
+        info = {"cost": self.number, "constraint_values": [self.number]}
+        info["objective_loss"] = self.number
+        return np.zeros(1, np.float32), self.number, False, True, info
+
+
 class Fives(gym.Env):
     """Every observation is 5; the reward of an episode's one step is the action."""
 
@@ -89,6 +103,7 @@ class Echo(PPO):
 
 
 gym.register("test/Scripted-v0", Scripted)
+gym.register("test/Drawn-v0", Drawn)
 gym.register("test/Fives-v0", Fives)
 
 
@@ -141,6 +156,17 @@ def test_evaluation_measures_what_happens():
     assert (found.mean_return, found.mean_cost) == (15.0, 2.0)
     assert found.worst == pytest.approx(0.25)
     assert found.objective is None
+
+
+def test_evaluation_starts_are_held_out_and_all_count():
+    """Records are comparable because all policies of a task are judged on the same starts."""
+    evaluator = Evaluator("test/Drawn-v0", {}, 20, native=False)
+    found = evaluator(lambda observations: np.zeros((len(observations), 1), np.float32))
+    seeds = np.random.SeedSequence(20_251_213).generate_state(20)
+    drawn = [np.random.default_rng(int(seed)).uniform() for seed in seeds]
+    assert found.worst == max(drawn) != drawn[0]
+    means = (found.mean_return, found.mean_cost, found.objective)
+    assert means == pytest.approx([np.mean(drawn)] * 3)
 
 
 def test_native_and_scalar_evaluation_agree():

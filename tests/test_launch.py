@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -14,6 +16,7 @@ from rich.console import Console
 from scpo_bench.errors import UserError
 from scpo_bench.records.files import read_run
 from scpo_bench.records.schema import Cell
+from scpo_bench.runs import launch
 from scpo_bench.runs.launch import run_cells
 from scpo_bench.suites.cells import run_folder
 
@@ -39,6 +42,8 @@ QUIET = Console(quiet=True)
 AGENTS = """
 import os
 import signal
+import time
+from pathlib import Path
 
 from stable_baselines3 import PPO
 
@@ -46,6 +51,12 @@ from stable_baselines3 import PPO
 class Killed(PPO):
     def train(self):
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Sleeping(PPO):
+    def train(self):
+        Path(__file__).with_name("asleep").touch()
+        time.sleep(600)
 
 
 class Refusing(PPO):
@@ -152,8 +163,9 @@ from rich.console import Console
 
 from scpo_bench.records.schema import Cell
 from scpo_bench.runs.harness import Attempt
-from scpo_bench.runs.launch import run_cells
+from scpo_bench.runs.launch import is_finished, run_cells
 from scpo_bench.processes import sigterm_interrupts
+from scpo_bench.suites.cells import run_folder
 
 original = Attempt.execute
 
@@ -167,9 +179,10 @@ if __name__ == "__main__":
     Attempt.execute = counted
     sigterm_interrupts()
     cells = [Cell.model_validate_json(line) for line in sys.stdin]
+    results = Path(sys.argv[1])
     try:
-        outcome = run_cells(cells, "s", Path(sys.argv[1]), int(sys.argv[2]), Console(quiet=True))
-        print("failed", len(outcome.failed))
+        run_cells(cells, "s", results, int(sys.argv[2]), Console(quiet=True))
+        print("finished", sum(is_finished(run_folder(results, "s", c), c) for c in cells))
     except KeyboardInterrupt:
         print("interrupted")
 """
@@ -191,41 +204,96 @@ def start_command(tmp_path, cells, jobs):
 
 
 def test_commands_on_one_folder_share_the_work(tmp_path):
-    """Three commands started together on the same cells: each cell must run once."""
+    """Three commands started together on the same cells: each cell must run once.
+
+    Each command must end when all its cells are finished, whoever ran them.
+    """
     todo = [other(seed=seed, steps=400) for seed in range(6)]
     commands = [start_command(tmp_path, todo, 1) for _ in range(3)]
     assert [command.wait(timeout=300) for command in commands] == [0] * 3
     said = [line for command in commands for line in command.stdout.read().splitlines()]
-    assert sorted(said) == ["failed 0"] * 3 + [f"ran {seed}" for seed in range(6)]
-    for cell in todo:
-        assert read_run(run_folder(tmp_path / "results", "s", cell)).status == "finished"
+    assert sorted(said) == ["finished 6"] * 3 + [f"ran {seed}" for seed in range(6)]
     for command in commands:
         command.stdout.close()
 
 
+def test_a_cell_that_another_command_gives_up_is_run(tmp_path, monkeypatch):
+    """A locked cell must be tried again, also as the last one: its run may be killed."""
+    (tmp_path / ".locks").mkdir()
+    with open(tmp_path / ".locks" / f"s-{CELL.key()}", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        monkeypatch.setattr(launch.time, "sleep", lambda seconds: lock.close())
+        run_cells([CELL], "s", tmp_path, 1, QUIET)
+        assert lock.closed
+    assert read_run(run_folder(tmp_path, "s", CELL)).status == "finished"
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not condition():
+        time.sleep(0.05)
+    assert condition()
+
+
 @pytest.mark.parametrize("sent", ["SIGTERM to all processes", "SIGKILL to the parent"])
-def test_processes_of_an_interrupted_command_record_it(tmp_path, sent):
+def test_processes_of_an_interrupted_command_record_it(tmp_path, agents_file, sent):
     """Stopped by a scheduler, or with its parent killed, a run must end soon, and as interrupted.
 
-    A run that calls this its failure would lose its checkpoint and start again.
+    Even if it is busy with a long update, which reports nothing to the parent.
     """
-    cell = other(steps=200_000)
+    cell = other(agent=f"{agents_file}:Sleeping")
     command = start_command(tmp_path, [cell, cell.model_copy(update={"seed": 2})], 2)
     folder = run_folder(tmp_path / "results", "s", cell)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (folder / "updates.jsonl").exists():
-        time.sleep(0.05)
-    time.sleep(0.5)
+    wait_until((tmp_path / "asleep").exists)
     if sent == "SIGKILL to the parent":
         command.kill()
     else:
         os.killpg(command.pid, signal.SIGTERM)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and read_run(folder).status == "running":
-        time.sleep(0.05)
+    wait_until(lambda: read_run(folder).status != "running")
     assert read_run(folder).status == "interrupted"
     assert command.wait(timeout=60) == (-signal.SIGKILL if "KILL" in sent else 0)
     command.stdout.close()
+
+
+class _ParentDies:
+    """A pipe whose other end takes the first message only."""
+
+    def send(self, message):
+        if message != (0, 0):
+            raise BrokenPipeError
+
+
+def _report_to_nobody(results):
+    """What a cell's process does between its parent's death and the SIGTERM that follows."""
+    launch._process(_ParentDies(), launch._Job("s", results, 1), CELL)
+
+
+def test_a_parent_that_is_gone_is_no_failure_of_the_run(tmp_path):
+    """A run that called this its failure would lose its checkpoint and start again."""
+    process = multiprocessing.get_context("forkserver").Process(
+        target=_report_to_nobody, args=(tmp_path,)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert read_run(run_folder(tmp_path, "s", CELL)).status == "interrupted"
+
+
+def test_a_second_sigterm_does_not_disturb_the_record(tmp_path):
+    """A scheduler signals all processes, and a parent its children: a run may get it twice."""
+    program = (
+        "import os, signal\n"
+        "from scpo_bench.processes import sigterm_interrupts\n"
+        "sigterm_interrupts()\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "except KeyboardInterrupt:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print('written')\n"
+    )
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout == "written\n"
 
 
 def test_a_changed_cell_keeps_the_old_record(tmp_path):

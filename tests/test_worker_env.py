@@ -208,6 +208,8 @@ def test_a_record_does_not_depend_on_the_workers(tmp_path, task):
         kinds.append(type(env))
         env.close()
     assert kinds == [DummyVecEnv, WorkerVecEnv]
+    before = len(multiprocessing.active_children())
     runs = [run_cell(cell, tmp_path / str(workers), "s", workers=workers) for workers in (1, 2)]
+    assert len(multiprocessing.active_children()) == before
     assert [run.status for run in runs] == ["finished", "finished"]
     assert runs[0].digest == runs[1].digest

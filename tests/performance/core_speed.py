@@ -1,10 +1,8 @@
-"""The figures of the core, measured side by side in one process:
+"""The speed of the core: ``python tests/performance/core_speed.py``.
 
-``python tests/performance/core_speed.py``.
-
-Projection against the same problem through cvxpy; double-integrator stepping at 4096 environments;
-the share of an SCPO update that is spent in rollouts; the time of ``scpo-bench --help``. Medians,
-except where it says best: a busy neighbour only ever adds time.
+The projection against the same problem through cvxpy; steps of 4096 double integrators; the share
+of an SCPO update that rollouts take; the time of ``scpo-bench --help``. Printed are medians, and
+the best times, because other load on the machine only adds time.
 """
 
 from __future__ import annotations
@@ -42,8 +40,9 @@ def projection(k: int = 4, m: int = 16, repeats: int = 60) -> None:
             call(certificate, target, 1.0)
             times.append(time.perf_counter() - began)
     a, b = statistics.median(ours) * 1e3, statistics.median(theirs) * 1e3
+    best = min(ours) * 1e3
     print(
-        f"projection k={k} m={m}: {a:.2f} ms (best {min(ours) * 1e3:.2f}), cvxpy {b:.2f} ms, ratio {b / a:.1f}"
+        f"projection k={k} m={m}: {a:.2f} ms (best {best:.2f}), cvxpy {b:.2f} ms, ratio {b / a:.1f}"
     )
 
 
@@ -62,7 +61,8 @@ def stepping(num_envs: int = 4096, steps: int = 300) -> None:
             env.step(actions)
         rates.append(num_envs * steps / (time.perf_counter() - began) / 1e6)
     print(
-        f"native double integrator, {num_envs} environments: {statistics.median(rates):.1f} M steps/s (best {max(rates):.1f})"
+        f"native double integrator, {num_envs} environments: {statistics.median(rates):.1f} "
+        f"M steps/s (best {max(rates):.1f})"
     )
 
 
