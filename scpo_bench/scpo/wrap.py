@@ -97,8 +97,6 @@ class ProjectedOptimizer:
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """One step of the optimiser, projected. Returns what the optimiser returns."""
         before, w = self._weights.copy(), self._weights.read()
-        self.guard.start(w, self._constraints)
-        self._weights.restore(before)
         result = self.optimizer.step(closure) if closure is not None else self.optimizer.step()
         proposed, change = self._weights.copy(), self._weights.read() - w
         decision = self.guard.update(w, lambda: change, self._constraints, self._rng)
