@@ -346,6 +346,32 @@ def test_projected_optimizer_changes_nothing_when_inactive():
     assert all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters()))
 
 
+def test_projected_optimizer_keeps_every_bit_of_what_it_does_not_project():
+    """1e-20 cannot be read as a change from 1 and written back: it has to be copied."""
+    parameter = nn.Parameter(torch.ones(1))
+    targets = iter([1e-20, 5.0])
+
+    class Jump(torch.optim.SGD):
+        def step(self, closure=None):
+            parameter.data.fill_(next(targets))
+
+    safe_at = (0.0, 1e-20, 1.0)
+    optimizer = ProjectedOptimizer(
+        Jump([parameter], lr=0.1),
+        lambda: [-1.0 if parameter.item() in safe_at else 1.0],
+        smoothness="apriori",
+        L=1e-3,
+        trust_radius=10.0,
+        probe_radius=1e3,
+    )
+    expected = torch.tensor([1e-20])
+    optimizer.step()
+    assert torch.equal(parameter, expected)
+    optimizer.step()
+    assert optimizer.diagnostics["held"] == 1
+    assert torch.equal(parameter, expected)
+
+
 def test_projected_optimizer_refuses_an_unsafe_start():
     """The first step names the constraint, leaves the parameters alone; bad fields are named."""
     parameter = nn.Parameter(torch.zeros(1))

@@ -35,7 +35,7 @@ class GradientDescentConfig:
     """Steps per environment between two updates."""
     labels: Labels = "starts"
     """Which labels are fitted: those at episode starts (a demonstration set that does not depend on
-    the policy), or all seen.
+    the policy), or all of them.
     """
     buffer_size: int = 4096
     """Labels kept; the oldest are dropped first."""

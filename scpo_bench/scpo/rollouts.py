@@ -1,7 +1,7 @@
 """Constraint values by rollouts: of any parameter space, on any task.
 
 Where the task's dynamics are pure functions, all start states are one array
-(:class:`BatchedRollouts`); elsewhere whole episodes of Gymnasium environments are played, in
+(:class:`BatchedRollouts`); elsewhere whole episodes of Gymnasium environments are run, in
 several processes (:class:`EpisodeRollouts`). Policies act deterministically.
 """
 
@@ -27,7 +27,7 @@ from scpo_bench.scpo.spaces import ParameterSpace
 # Policies are evaluated in groups of about this many (policy, start) pairs: the working set then
 # stays in the processor's cache.
 PAIRS_AT_ONCE = 8192
-# Episodes played side by side. The policy always gets this many observations: an action must not
+# Episodes run side by side. The policy always gets this many observations: an action must not
 # depend, by rounding, on which other episodes are still running.
 ROWS = 4
 
@@ -113,7 +113,7 @@ class EpisodeRollouts:
 
     y = (episode cost - cost_limit) / max(cost_limit, 1), constraint "cost"; where cost_limit is 0,
     the largest signed constraint values of the episode (``info["constraint_values"]``). With
-    ``workers`` > 1 that many processes play them; the result does not depend on it.
+    ``workers`` > 1 that many processes run them; the result does not depend on it.
     Raises UserError if cost_limit is 0 and the task has no signed values: then there is no room in
     which to take a step.
     """
@@ -145,16 +145,16 @@ class EpisodeRollouts:
         groups = [seeds[first : first + size] for first in range(0, len(seeds), size)]
         rows, seeds_of = zip(*((row, group) for row in w for group in groups))
         if self._workers == 1:
-            played = list(map(self._episodes.play, rows, seeds_of))
+            results = list(map(self._episodes.run, rows, seeds_of))
         else:
             if self._pool is None:
                 source = cloudpickle.dumps(self._episodes)
                 self._pool = ProcessPoolExecutor(
                     self._workers, get_context("forkserver"), _start_worker, (source,)
                 )
-            played = list(self._pool.map(_play, rows, seeds_of))
-        y = np.concatenate([values for values, _ in played])
-        self._meter.steps += sum(steps for _, steps in played)
+            results = list(self._pool.map(_run, rows, seeds_of))
+        y = np.concatenate([values for values, _ in results])
+        self._meter.steps += sum(steps for _, steps in results)
         self._meter.violations += int((y > 0).any(axis=1).sum())
         return y.reshape(len(w), len(streams), -1)
 
@@ -194,7 +194,7 @@ class _Episodes:
             )
         return tuple(f"constraint_{i}" for i in range(len(info["constraint_values"])))
 
-    def play(self, w: Floats, seeds: Sequence[int]) -> tuple[Floats, int]:
+    def run(self, w: Floats, seeds: Sequence[int]) -> tuple[Floats, int]:
         """(y [n, k], steps) of n episodes of policy w [d], side by side."""
         act = self._space.policies(torch.as_tensor(w)[None])
         envs = [self._env(i) for i in range(len(seeds))]
@@ -235,6 +235,6 @@ def _start_worker(source: bytes) -> None:
     _episodes = cloudpickle.loads(source)
 
 
-def _play(w: Floats, seeds: Sequence[int]) -> tuple[Floats, int]:
+def _run(w: Floats, seeds: Sequence[int]) -> tuple[Floats, int]:
     assert _episodes is not None
-    return _episodes.play(w, seeds)
+    return _episodes.run(w, seeds)

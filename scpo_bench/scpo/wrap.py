@@ -33,16 +33,27 @@ from scpo_bench.scpo.rollouts import BatchedRollouts, EpisodeRollouts
 from scpo_bench.scpo.spaces import PolicyWeights, Weights
 
 
-def _deploy(
-    weights: Weights, decision: Decision, before: list[Tensor], proposed: list[Tensor]
-) -> None:
-    """Set the weights to what the guard decided; copied where that is exact to the last bit."""
+def _update(
+    guard: Guard,
+    weights: Weights,
+    own_update: Callable[[], Any],
+    constraints: Constraints,
+    rng: np.random.Generator,
+    cost_gradients: Sequence[Floats] = (),
+) -> tuple[Decision, Any]:
+    """Run ``own_update``, set the weights to what the guard makes of it: (decision, its result)."""
+    before, w = weights.copy(), weights.read()
+    result = own_update()
+    proposed, change = weights.copy(), weights.read() - w
+    decision = guard.update(w, lambda: change, constraints, rng, cost_gradients)
+    # Where nothing is projected, copies keep every bit.
     if decision.status == "unaltered":
         weights.restore(proposed)
     elif decision.status == "held":
         weights.restore(before)
     else:
         weights.write(decision.w)
+    return decision, result
 
 
 class ProjectedOptimizer:
@@ -96,13 +107,11 @@ class ProjectedOptimizer:
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """One step of the optimiser, projected. Returns what the optimiser returns."""
-        before, w = self._weights.copy(), self._weights.read()
-        self.guard.start(w, self._constraints)
-        self._weights.restore(before)
-        result = self.optimizer.step(closure) if closure is not None else self.optimizer.step()
-        proposed, change = self._weights.copy(), self._weights.read() - w
-        decision = self.guard.update(w, lambda: change, self._constraints, self._rng)
-        _deploy(self._weights, decision, before, proposed)
+        arguments = () if closure is None else (closure,)
+        own_step = functools.partial(self.optimizer.step, *arguments)
+        decision, result = _update(
+            self.guard, self._weights, own_step, self._constraints, self._rng
+        )
         self.diagnostics = {**self.diagnostics, **decision.diagnostics}
         return result
 
@@ -142,7 +151,7 @@ class Projected(BaseAlgorithm):
     of :class:`ProjectedConfig` are the guard's; the rest, and a ``cost_limit`` if it knows one, are
     the algorithm's.
     make_env: creates the environments of the rollouts; by default from the task's registered id.
-    workers: processes that play them; by default as many as step the training environments.
+    workers: processes that run them; by default as many as step the training environments.
 
     Raises UserError for unknown fields, for observations normalised by statistics that move (the
     policy would change between updates), for discrete actions; UnsafeStartError in ``learn`` if the
@@ -236,15 +245,11 @@ class Projected(BaseAlgorithm):
 
     def train(self, *args: Any, **kwargs: Any) -> None:
         """The algorithm's own update; then the weights that the guard decides."""
-        weights = self.weights
-        before, w = weights.copy(), weights.read()
         gradients = self._cost_gradients()
-        super().train(*args, **kwargs)  # type: ignore[misc]
-        proposed, change = weights.copy(), weights.read() - w
-        decision = self.guard.update(
-            w, lambda: change, self.constraints, self._guard_rng, gradients
+        own_train = functools.partial(super().train, *args, **kwargs)  # type: ignore[misc]
+        decision, _ = _update(
+            self.guard, self.weights, own_train, self.constraints, self._guard_rng, gradients
         )
-        _deploy(weights, decision, before, proposed)
         policy: Any = self.policy
         if hasattr(policy, "actor_target") and decision.status != "unaltered":
             # A target left at the proposal would lead the next update back to it.
