@@ -80,9 +80,11 @@ def test_unfinished_runs_stay_at_the_floor(runs):
         of_task["start_objective"].max(),
         of_task.loc[of_task["status"] == "finished", "final_objective"].max(),
     )
+    of_finished = of_task.loc[of_task["status"] == "finished", "final_return"]
     for status in ("failed", "missing"):
         run = of_task[of_task["status"] == status].iloc[0]
         assert run["final_objective"] == worst
+        assert run["final_return"] == min(of_task["start_return"].min(), of_finished.min())
         assert run["score"] == pytest.approx((0.5 - worst) / 0.4)
         assert math.isnan(run["final_violates"])
     failed = of_task[of_task["status"] == "failed"].iloc[0]
@@ -325,6 +327,12 @@ def test_references_apply_only_to_the_environment_they_were_made_for(tmp_path):
     runs = load(tmp_path, "s", None, REFERENCES)
     assert math.isnan(runs["gap_closed"].iloc[0])
     assert runs["score_kind"].tolist() == ["objective"]
+    # An agent with the usual arguments is then ranked by its objective too: no kinds are mixed.
+    other = synthetic_cell("ppo", IMITATION, 0, 3)
+    write_record(tmp_path, "s", other, synthetic_updates(other, 3))
+    runs = load(tmp_path, "s", None, REFERENCES)
+    assert runs["score_kind"].tolist() == ["objective", "objective"]
+    assert runs["score"].tolist() == (-runs["final_objective"]).tolist()
 
 
 def test_damage_is_shown_not_dropped(tmp_path):
@@ -432,6 +440,10 @@ def test_aggregates_over_tasks(runs, table):
     shown = json.loads(render(table, "json"))["aggregates"]["synthetic"]
     assert all(set(a["profile"]) == {"thresholds", "share", "low", "high"} for a in shown)
     assert "synthetic" in table.attrs["aggregates"]
+    lost = runs.copy()
+    lost.loc[(runs["agent"] == "scpo") & (runs["seed"] == 0), "status"] = "failed"
+    clean = {a.agent: a.clean_runs.value for a in aggregate(lost)}
+    assert clean["scpo"] == pytest.approx(4 / 6)  # without a violation, but not finished
     twice = pd.concat([runs, runs.assign(suite="other")])
     with pytest.raises(ValueError, match="one suite at a time"):
         aggregate(twice)
