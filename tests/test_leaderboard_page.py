@@ -418,6 +418,34 @@ def test_it_draws_every_panel(opened):
 
 
 @needs_browser
+def test_charts_hold_what_is_specified(opened):
+    """Values, bands, scale and bounds of every chart are those of its panel."""
+    panels = [
+        panel
+        for figure in json.loads(opened.value("document.getElementById('figures').textContent"))
+        for panel in figure["panels"]
+    ]
+    scale = "distr: u.scales.y.distr, asinh: u.scales.y.asinh, min: u.scales.y.min"
+    drawn = opened.value(
+        f"charts.map(u => ({{ {scale}, max: u.scales.y.max, bands: u.bands.length,"
+        " series: u.series.slice(1).map((one, i) => [one.class ? null : one.label,"
+        " u.data[i + 1].filter(v => v !== null && v !== undefined)]) }))"
+    )
+    assert len(drawn) == len(panels)
+    for chart, panel in zip(drawn, panels):
+        assert (chart["min"], chart["max"]) == tuple(panel["bounds"])
+        width = panel["linear_width"]
+        assert chart["distr"] == (1 if width is None else 4)
+        assert width in (None, chart["asinh"])
+        lines = [(label, values) for label, values in chart["series"] if label is not None]
+        ends = [values for label, values in chart["series"] if label is None]
+        assert lines == [(one["name"], one["y"]) for one in reversed(panel["series"])]
+        banded = [one for one in reversed(panel["series"]) if one["low"]]
+        assert chart["bands"] == len(banded)
+        assert ends == [one[end] for one in banded for end in ("low", "high")]
+
+
+@needs_browser
 def test_performance_profile(browser, tmp_path):
     """With several normalised tasks there is a profile, and it follows the filter of agents."""
     write_suite(tmp_path, "s", (IMITATION, REGRESSION), ("scpo", "sgd"), seeds=3, updates=4)
@@ -498,6 +526,11 @@ def test_details_by_keyboard(opened):
         assert part in text, part
     opened.press("Enter", "\r")
     assert opened.value(visible) == []
+    # The fourth seed of sgd is missing: it ran nowhere.
+    opened.value("document.querySelector('#task-2 tbody[data-agent=sgd] .toggle').click()")
+    (text,) = opened.value(visible)
+    assert "missing" in text
+    assert text.count("Provenance of seeds") == 1
 
 
 @needs_browser

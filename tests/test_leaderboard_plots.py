@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -190,6 +192,14 @@ def test_breaches_of_the_certificate_are_counted_and_marked():
     assert realised.y[6] == pytest.approx(np.median(at), rel=1e-4)
     assert (position.limit, realised.style.color) == (0.0, "#123456")
     assert step.series[0].y[2] == pytest.approx(100 * (1 - 3 / 12))
+    assert step.title == "Step after projection: 0 updates held per run"
+    second.diagnostics["held"][:] = [*range(12), NAN]
+    third.diagnostics["held"][:] = NAN
+    step = certificate_panels([first, second, third], PLAIN)[-1]
+    assert step.title == "Step after projection: 5.5 updates held per run"
+    assert certificate_panels([third], PLAIN)[-1].title == "Step after projection"
+    del third.diagnostics["realised/velocity"]
+    assert len(certificate_panels([third], PLAIN)) == 2
     assert certificate_panels(curves("sgd", 2), PLAIN) == []
 
 
@@ -297,6 +307,38 @@ def test_a_profile_joins_set_ups_and_needs_no_band(tmp_path):
     assert (sgd.low, sgd.high) == ([], [])
     assert len(mine.low) == len(mine.y) > 0
     assert sum(name.startswith("mine #") for name in found.styles) == 4
+
+
+def test_the_title_says_how_many_seeds(tmp_path):
+    """Agents with different numbers of seeds: from the fewest to the most."""
+    for agent, seeds in (("sgd", 8), ("scpo", 3)):
+        for seed in range(seeds):
+            cell = synthetic_cell(agent, IMITATION, seed, 2)
+            write_record(tmp_path, "s", cell, synthetic_updates(cell, 2))
+    found = suite_figures(tmp_path, "s", None, REFERENCES)
+    assert found.figures[0].title.endswith("over 3 to 8 seeds")
+
+
+def test_the_largest_allowed_numbers_do_not_overflow(tmp_path):
+    """Records may hold any number up to 1e100; each panel must keep finite bounds and values."""
+    cell = synthetic_cell("scpo", IMITATION, 0, 3)
+    updates = synthetic_updates(cell, 3)
+    extreme = {
+        "iterate_objective": -1e100,
+        "iterate_worst_constraint_value": 1e100,
+        "iterate_violates": True,
+        "diagnostics": {
+            **{"bound/a": 1e100, "realised/a": -1e100},
+            **{"step_norm": 1e100, "proposal_norm": 1e-300, "held": None},
+        },
+    }
+    updates[2] = updates[2].model_copy(update=extreme)
+    write_record(tmp_path, "s", cell, updates)
+    found = suite_figures(tmp_path, "s", None, REFERENCES)
+    assert len(found.figures) == 2
+    json.dumps([asdict(figure) for figure in found.figures], allow_nan=False)
+    for figure in found.figures:
+        draw(figure)
 
 
 def test_a_damaged_record_is_not_drawn(tmp_path):

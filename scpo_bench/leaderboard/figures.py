@@ -28,6 +28,7 @@ Floats = npt.NDArray[np.float64]
 MAX_POINTS = 400
 """Points per series. Longer series are thinned, but never so that a violation disappears."""
 MAX_CONSTRAINTS = 12
+"""Panels of a certificate; a record may name any number of constraints."""
 LINEAR_WIDTH = 0.02
 """Constraint values are drawn on a scale asinh(value / LINEAR_WIDTH): linear around the limit 0, so
 that -0.02 is told from 0, and logarithmic far away, so that 170 fits the same axis.
@@ -130,8 +131,9 @@ class RunCurves:
 
     def constraints(self) -> list[str]:
         """Names of the constraints for which the agent recorded a bound and a realised value."""
-        names = [name.removeprefix("bound/") for name in self.diagnostics if "bound/" in name[:6]]
-        return [name for name in names if f"realised/{name}" in self.diagnostics]
+        names = [name.removeprefix("bound/") for name in self.diagnostics]
+        known = self.diagnostics.keys()
+        return [name for name in names if {f"bound/{name}", f"realised/{name}"} <= known]
 
 
 Groups = dict[str, list[RunCurves]]
@@ -316,10 +318,10 @@ def task_panels(
 
 
 def certificate_panels(runs: Sequence[RunCurves], style: Style) -> list[Panel]:
-    """What the certificate promised against what was realised, one panel per constraint, and how
-    much of the proposed step the projection kept. Empty for agents without a certificate.
+    """Certified bound and realised value of each constraint, and the share of the step kept.
 
     A realised value above its bound breaks the certificate; one above 0 violates the constraint.
+    Empty for agents without a certificate.
     """
     constraints = next((run.constraints() for run in runs if run.constraints()), [])
     runs = [run for run in runs if run.constraints() == constraints]
@@ -354,20 +356,21 @@ def _projection_panel(runs: Sequence[RunCurves], style: Style) -> Panel:
     for run in runs:
         steps, proposals = run.diagnostics.get("step_norm"), run.diagnostics.get("proposal_norm")
         if steps is not None and proposals is not None:
-            unknown = np.full_like(steps, math.nan)
-            kept.append(100 * np.divide(steps, proposals, out=unknown, where=proposals > 0))
+            # A record may hold anything: no quotient of its numbers may overflow.
+            known, unknown = proposals > 1e-9 * steps, np.full_like(steps, math.nan)
+            kept.append(100 * np.divide(steps, proposals, out=unknown, where=known))
     title = "Step after projection"
-    held = [np.nanmax(run.diagnostics["held"]) for run in runs if "held" in run.diagnostics]
-    if held:
-        title += f": {np.mean(held):.3g} updates held per run"
+    counts = stack([run.diagnostics["held"] for run in runs if "held" in run.diagnostics])
+    if not np.isnan(counts).all():
+        held = np.nanmean(np.fmax.reduce(counts, axis=1))
+        title += f": {held:.3g} updates held per run"
     return panel(title, "% of the proposal", [quartiles("step kept", style, kept)])
 
 
 def pareto_panel(rows: Sequence[Row], styles: Styles) -> Panel | None:
-    """Score against violations, one point per agent, and the front of those that no other agent
-    beats in both. None for fewer than two agents with a result.
+    """Score against violations, and the front of the agents that no other beats in both.
 
-    rows: of the table, one task.
+    rows: of the table, one task. None for fewer than two agents with a result.
     """
     limited = any(row["cost_limit"] > 0 for row in rows)
     measure, scale = ("cost_final", 1.0) if limited else ("violating_iterate_share", 100.0)
@@ -375,7 +378,7 @@ def pareto_panel(rows: Sequence[Row], styles: Styles) -> Panel | None:
     x_scale = 100.0 if kind == "gap closed" else 1.0
     points = {
         row["agent"]: (x_scale * row["score"], scale * row[measure])
-        for row in rows
+        for row in sorted(rows, key=lambda row: list(styles).index(row["agent"]))
         if math.isfinite(row["score"]) and math.isfinite(row[measure])
     }
     if len(points) < 2:
@@ -471,7 +474,8 @@ def _figures_of_task(
     if not groups:
         return []
     sizes = sorted({len(runs) for runs in groups.values()})
-    seeds = f"{' to '.join(map(str, {sizes[0], sizes[-1]}))} seed{'s' if sizes[-1] > 1 else ''}"
+    seeds = " to ".join(map(str, dict.fromkeys((sizes[0], sizes[-1]))))
+    seeds += " seeds" if sizes[-1] > 1 else " seed"
     title = f"{printable(task)}: median and quartiles over {seeds}"
     figures = [Figure(suite, task, task, title, task_panels(groups, styles, references))]
     for agent, runs in groups.items():

@@ -150,7 +150,7 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
     axes.set(ylim=(low, high), xlim=panel.x_bounds, ylabel=panel.y_label, xlabel=panel.x_label)
     axes.set_title(panel.title, loc="left")
     axes.set_title(panel.note, loc="right", fontsize=8, color="#555555")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
 
 
 def _draw_series(axes: Axes, series: Series, zorder: float) -> None:
