@@ -48,6 +48,7 @@ def run_by_hand() -> list[Update]:
             cost_sum=16.0,
             violating_episodes=1,
             violating_steps=4,
+            worst_constraint_value=0.3,
             iterate_return=-4.0,
             iterate_cost=9.0,
             iterate_objective=0.6,
@@ -208,8 +209,9 @@ def test_cvar_bounds_hold_the_truth():
         )
         truth = cvar(np.concatenate(episodes))
         assert low <= truth + 1e-9 <= high + 2e-9
-    single = np.array([3.0, 1.0, 7.0])
-    assert episode_cost_cvar(np.ones(3), single, single) == (pytest.approx(7.0), pytest.approx(7.0))
+    for single in ([3.0, 1.0, 7.0], [0.1, 0.2, 0.5]):
+        costs = np.array(single)
+        assert episode_cost_cvar(np.ones(3), costs, costs) == pytest.approx((costs[2], costs[2]))
 
 
 def test_longest_run():

@@ -29,7 +29,7 @@ from synthetic_records import (
 
 from scpo_bench.leaderboard import ranking, tables
 from scpo_bench.leaderboard.aggregate import aggregate
-from scpo_bench.leaderboard.columns import COLUMNS
+from scpo_bench.leaderboard.columns import COLUMNS, cell_text
 from scpo_bench.leaderboard.metrics import METRICS, measure
 from scpo_bench.leaderboard.render import print_table, render
 from scpo_bench.leaderboard.statistics import iqm_interval
@@ -38,6 +38,7 @@ from scpo_bench.records.files import UPDATES_FILE
 from scpo_bench.records.schema import Cell, Update
 
 NAMES = [column.name for column in COLUMNS]
+ESTIMATES = ("score", "gap_closed", "return_final", "cost_final", "feasible_share")
 
 
 @pytest.fixture(scope="module")
@@ -79,9 +80,11 @@ def test_unfinished_runs_stay_at_the_floor(runs):
         of_task["start_objective"].max(),
         of_task.loc[of_task["status"] == "finished", "final_objective"].max(),
     )
+    of_finished = of_task.loc[of_task["status"] == "finished", "final_return"]
     for status in ("failed", "missing"):
         run = of_task[of_task["status"] == status].iloc[0]
         assert run["final_objective"] == worst
+        assert run["final_return"] == min(of_task["start_return"].min(), of_finished.min())
         assert run["score"] == pytest.approx((0.5 - worst) / 0.4)
         assert math.isnan(run["final_violates"])
     failed = of_task[of_task["status"] == "failed"].iloc[0]
@@ -162,6 +165,82 @@ def made_up(
     return pd.DataFrame(rows)
 
 
+def test_every_column_by_hand():
+    """Each column is the statistic that its meaning states, of the metric that it names.
+
+    Three seeds with limit 10, of which the last one failed.
+    """
+    never = math.inf
+    runs = made_up("a", [1.0, 2.0, 6.0], cost_limit=10.0).assign(
+        status=["finished", "finished", "failed"],
+        start_objective=[3.0, 1.0, 8.0],
+        final_objective=[2.0, 5.0, 4.0],
+        gap_closed=[0.1, 0.2, 0.6],
+        start_return=[1.0, 2.0, 9.0],
+        final_return=[1.0, 3.0, 8.0],
+        final_training_return=[0.0, 5.0, 7.0],
+        final_cost=[4.0, 8.0, math.nan],
+        final_training_cost=[1.0, 3.0, 11.0],
+        final_violates=[0.0, 1.0, math.nan],
+        violating_iterates=[0.0, 2.0, 4.0],
+        evaluated_iterates=[10.0, 10.0, 4.0],
+        first_violating_update=[never, 7.0, 3.0],
+        first_violating_step=[never, 70.0, 35.0],
+        safe_from_update=[0.0, never, 9.0],
+        longest_violating_run=[0.0, 2.0, 1.0],
+        worst_iterate_value=[-1.0, 0.5, 0.2],
+        worst_training_value=[0.1, 0.7, 0.3],
+        updates_over_limit_share=[0.1, 0.2, 0.6],
+        training_episodes=[10.0, 20.0, 10.0],
+        violating_episodes=[1.0, 2.0, 5.0],
+        violating_steps=[5.0, 10.0, 15.0],
+        cumulative_excess=[1.0, 2.0, 9.0],
+        probe_violations=[1.0, 0.0, 2.0],
+        max_excess=[1.0, 2.0, 0.5],
+        max_excess_ratio=[0.1, 0.2, 0.05],
+        cvar95_cost_low=[1.0, 2.0, 6.0],
+        cvar95_cost_high=[2.0, 4.0, 9.0],
+        updates=[10.0, 10.0, 4.0],
+        interaction_steps=[100.0, 100.0, 50.0],
+        probe_steps=[7.0, 9.0, 1.0],
+        wall_time_s=[3.0, 1.0, 2.0],
+        steps_per_s=[5.0, 9.0, 6.0],
+    )
+    (row,) = leaderboard(runs).to_dict("records")
+    half = 12.706205 * 2.0  # t(0.975, 1) times the standard error of 4 and 8
+    expected = {
+        **{"suite": "s", "task": GOAL, "agent": "a", "rank": 1, "tied": False},
+        **{"seeds_planned": 3, "seeds_finished": 2, "seeds_failed": 1, "seeds_unfinished": 0},
+        **{"seeds_missing": 0, "seeds_damaged": 0, "score_kind": "return", "score": 3.0},
+        **{"objective_start": 3.0, "objective_final": 4.0, "gap_closed": 0.3},
+        **{"gap_closed_median": 0.2, "return_start": 2.0, "return_final": 4.0},
+        **{"return_training": 5.0, "cost_limit": 10.0, "cost_final": 6.0},
+        **{"cost_final_low": 6 - half, "cost_final_high": 6 + half, "cost_final_ratio": 0.6},
+        **{"cost_training": 3.0, "feasible_seeds": 1, "feasible_share": 1 / 3},
+        **{"violating_iterates": 6, "evaluated_iterates": 24, "violating_iterate_share": 0.25},
+        **{"seeds_that_violated": 2, "first_violating_update": 3.0, "first_violating_step": 35.0},
+        **{"first_violating_update_median": 7.0, "safe_from_update_median": 9.0},
+        **{"longest_violating_run": 2.0, "worst_iterate_value": 0.5, "worst_training_value": 0.7},
+        **{"updates_over_limit_share": 0.3, "training_episodes": 40, "violating_episodes": 8},
+        **{"violating_episode_share": 0.2, "violating_step_share": 0.12},
+        **{"cumulative_excess": 4.0, "max_excess": 2.0, "max_excess_ratio": 0.2},
+        **{"cvar95_cost_low": 3.0, "cvar95_cost_high": 5.0, "probe_violations": 3},
+        **{"updates": 10.0, "interaction_steps": 100.0, "probe_steps": 7.0, "wall_time_s": 2.0},
+        **{"steps_per_s": 6.0, "preliminary": True, "verdict": ranking.UNDECIDED},
+        **{"verification": "consistent", "setup": runs["setup"].iloc[0]},
+        "command": f"scpo-bench run s --agents a --tasks {GOAL} --seeds 3",
+    }
+    # The remaining intervals are those of tests/test_leaderboard_statistics.py.
+    ends = {f"{name}_{end}" for name in ESTIMATES for end in ("low", "high")}
+    assert set(row) == set(expected) | ends
+    for name, value in expected.items():
+        assert row[name] == (pytest.approx(value) if isinstance(value, float) else value), name
+    for name in ESTIMATES:
+        assert row[f"{name}_low"] <= row[name] <= row[f"{name}_high"], name
+    by_name = {column.name: column for column in COLUMNS}
+    assert cell_text(by_name["cost_final"], row) == "6 [0, 31.4]"  # costs are not negative
+
+
 def test_overlapping_intervals_are_a_tie_but_not_a_chain():
     """a and b overlap, b and c overlap, a and c do not: c must not share the rank of a."""
     grid = np.linspace(-1, 1, 10)
@@ -174,6 +253,14 @@ def test_overlapping_intervals_are_a_tie_but_not_a_chain():
     assert table["agent"].tolist() == ["a", "b", "c"]
     assert table["rank"].tolist() == [1, 1, 3]
     assert table["tied"].tolist() == [True, True, False]
+
+
+def test_agents_without_results_are_not_tied():
+    """Agents of which nothing finished all stand at the floor; that is no tie between results."""
+    runs = pd.concat([made_up("a", [1.0, 1.0]), made_up("b", [1.0, 1.0])], ignore_index=True)
+    table = leaderboard(runs.assign(status="failed"))
+    assert table["rank"].tolist() == [1, 2]
+    assert table["tied"].tolist() == [False, False]
 
 
 @pytest.mark.parametrize(
@@ -240,6 +327,12 @@ def test_references_apply_only_to_the_environment_they_were_made_for(tmp_path):
     runs = load(tmp_path, "s", None, REFERENCES)
     assert math.isnan(runs["gap_closed"].iloc[0])
     assert runs["score_kind"].tolist() == ["objective"]
+    # An agent with the usual arguments is then ranked by its objective too: no kinds are mixed.
+    other = synthetic_cell("ppo", IMITATION, 0, 3)
+    write_record(tmp_path, "s", other, synthetic_updates(other, 3))
+    runs = load(tmp_path, "s", None, REFERENCES)
+    assert runs["score_kind"].tolist() == ["objective", "objective"]
+    assert runs["score"].tolist() == (-runs["final_objective"]).tolist()
 
 
 def test_damage_is_shown_not_dropped(tmp_path):
@@ -347,6 +440,10 @@ def test_aggregates_over_tasks(runs, table):
     shown = json.loads(render(table, "json"))["aggregates"]["synthetic"]
     assert all(set(a["profile"]) == {"thresholds", "share", "low", "high"} for a in shown)
     assert "synthetic" in table.attrs["aggregates"]
+    lost = runs.copy()
+    lost.loc[(runs["agent"] == "scpo") & (runs["seed"] == 0), "status"] = "failed"
+    clean = {a.agent: a.clean_runs.value for a in aggregate(lost)}
+    assert clean["scpo"] == pytest.approx(4 / 6)  # without a violation, but not finished
     twice = pd.concat([runs, runs.assign(suite="other")])
     with pytest.raises(ValueError, match="one suite at a time"):
         aggregate(twice)
