@@ -23,27 +23,21 @@ from synthetic_records import (
 )
 
 from scpo_bench.leaderboard import figures, plots
+from scpo_bench.leaderboard.curves import RunCurves, band, robust_range, share, stack
 from scpo_bench.leaderboard.figures import (
-    COLOURS,
     MAX_POINTS,
     Panel,
-    RunCurves,
     Series,
-    Style,
     SuiteFigures,
-    agent_styles,
     asinh_ticks,
-    band,
     certificate_panels,
     panel,
     pareto_panel,
-    robust_range,
-    share,
-    stack,
     suite_figures,
     task_panels,
 )
 from scpo_bench.leaderboard.plots import draw, draw_panel, file_stem, plot_suite
+from scpo_bench.leaderboard.styles import COLOURS, Style, agent_styles
 from scpo_bench.records.schema import Update
 
 NAN = math.nan

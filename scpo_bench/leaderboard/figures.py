@@ -16,15 +16,17 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from scpo_bench.contract import Floats
 from scpo_bench.leaderboard.aggregate import Aggregate, profile_range
 from scpo_bench.leaderboard.columns import Row
+from scpo_bench.leaderboard.curves import RunCurves, band, robust_range, share, stack
 from scpo_bench.leaderboard.references import load_references
 from scpo_bench.leaderboard.render import tasks
+from scpo_bench.leaderboard.styles import BREACH, REFERENCE, Style, Styles, agent_styles
 from scpo_bench.leaderboard.tables import Record, leaderboard, load, reference_of
 from scpo_bench.leaderboard.text import printable
-from scpo_bench.records.schema import Cell, Update
+from scpo_bench.records.schema import Cell
 
-Floats = npt.NDArray[np.float64]
 MAX_POINTS = 400
 """Points per series. Longer series are thinned, but never so that a violation disappears."""
 MAX_CONSTRAINTS = 12
@@ -33,27 +35,6 @@ LINEAR_WIDTH = 0.02
 """Constraint values are drawn on a scale asinh(value / LINEAR_WIDTH): linear around the limit 0, so
 that -0.02 is told from 0, and logarithmic far away, so that 170 fits the same axis.
 """
-
-# Okabe and Ito's palette, distinguishable with every common colour blindness; grey for its black,
-# which a dark page would hide. The dashes tell agents apart without colour.
-COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#7A7A7A", "#8C6D1F")
-DASHES: tuple[tuple[float, ...], ...] = (
-    *((), ()),
-    *((5, 1.5), (1, 1.2), (6, 1.5, 1, 1.5), (3, 1, 1, 1, 1, 1)),
-)
-KNOWN_AGENTS = ("scpo", "scpo-ppo", "cpo", "cvpo", "ppo", "ppo-lagrangian", "sgd")
-"""These have the same colour in the figures of every suite; others take the colours after them."""
-
-
-@dataclass(frozen=True)
-class Style:
-    color: str
-    dashes: tuple[float, ...] = ()
-    """Lengths of strokes and gaps in line widths; solid if empty."""
-
-
-REFERENCE = Style("#7A7A7A", (4.0, 2.0))
-BREACH = Style("#D01C3F")
 
 
 @dataclass(frozen=True)
@@ -105,96 +86,8 @@ class Figure:
     columns: int = 3
 
 
-@dataclass(frozen=True)
-class RunCurves:
-    """One run: the value of each series at every update, nan where it was not measured.
-
-    Arrays are [updates], update 0 first.
-    """
-
-    cell: Cell
-    series: dict[str, Floats]
-    diagnostics: dict[str, Floats] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, cell: Cell, updates: Sequence[Update]) -> RunCurves:
-        def column(values: list[float | None]) -> Floats:
-            return np.array([math.nan if value is None else value for value in values], dtype=float)
-
-        series = [name for name in Update.model_fields if name.startswith("iterate_")]
-        names = dict.fromkeys(name for update in updates for name in update.diagnostics)
-        return cls(
-            cell,
-            {name: column([getattr(update, name) for update in updates]) for name in series},
-            {name: column([update.diagnostics.get(name) for update in updates]) for name in names},
-        )
-
-    def constraints(self) -> list[str]:
-        """Names of the constraints for which the agent recorded a bound and a realised value."""
-        names = [name.removeprefix("bound/") for name in self.diagnostics]
-        known = self.diagnostics.keys()
-        return [name for name in names if {f"bound/{name}", f"realised/{name}"} <= known]
-
-
 Groups = dict[str, list[RunCurves]]
 """Agent, as the table names it -> its runs on one task."""
-Styles = dict[str, Style]
-
-
-def agent_styles(agents: Sequence[str]) -> Styles:
-    """Agent -> style, in the order of legends."""
-    others = sorted(set(agents) - set(KNOWN_AGENTS))
-    order = {name: i for i, name in enumerate([*KNOWN_AGENTS, *others])}
-    return {
-        name: Style(COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)])
-        for name, i in order.items()
-        if name in set(agents)
-    }
-
-
-# Statistics over runs.
-
-
-def stack(curves: Sequence[Floats]) -> Floats:
-    """[runs, updates] of curves of different lengths, nan beyond the end of each."""
-    stacked = np.full((len(curves), max(map(len, curves), default=0)), math.nan)
-    for row, curve in zip(stacked, curves):
-        row[: len(curve)] = curve
-    return stacked
-
-
-def band(curves: Sequence[Floats]) -> tuple[Floats, Floats, Floats, Floats]:
-    """(updates, lower quartile, median, upper quartile) over runs.
-
-    Only updates at which some run was measured. Arrays are [points].
-    """
-    stacked = stack(curves)
-    measured = np.flatnonzero(~np.isnan(stacked).all(axis=0))
-    if not measured.size:
-        return (np.zeros(0),) * 4
-    low, middle, high = np.nanquantile(stacked[:, measured], [0.25, 0.5, 0.75], axis=0)
-    return measured.astype(float), low, middle, high
-
-
-def share(curves: Sequence[Floats]) -> tuple[Floats, Floats]:
-    """(updates, share of the measured runs whose value is 1). Arrays are [points]."""
-    stacked = stack(curves)
-    measured = np.flatnonzero(~np.isnan(stacked).all(axis=0))
-    shares = np.nanmean(stacked[:, measured], axis=0) if measured.size else np.zeros(0)
-    return measured.astype(float), shares
-
-
-def robust_range(values: Floats, always: Sequence[float] = ()) -> tuple[float, float, float | None]:
-    """(low, high, largest) of what to show: nearly all values, and all of ``always``.
-
-    One diverging agent would flatten all the others, so values far above are left out. Then
-    ``largest`` is how far they reach.
-    """
-    low, high = min(values.min(), *always, math.inf), max(values.max(), *always, -math.inf)
-    ends = [*np.quantile(values, [0.01, 0.98]).tolist(), *always]
-    if max(ends) > min(ends) and high > max(ends) + 2 * (max(ends) - min(ends)):
-        return min(ends), max(ends), float(high)
-    return float(low), float(high), None
 
 
 # Series and panels.

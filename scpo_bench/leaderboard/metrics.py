@@ -17,14 +17,13 @@ from itertools import groupby
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
+from scpo_bench.contract import Floats
 from scpo_bench.leaderboard.references import gap_closed
 from scpo_bench.leaderboard.statistics import cvar
 from scpo_bench.records.schema import Update
 
-Floats = npt.NDArray[np.float64]
 NEVER = math.inf
 
 

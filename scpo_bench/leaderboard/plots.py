@@ -10,14 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scpo_bench.errors import UserError, nearest
-from scpo_bench.leaderboard.figures import (
-    BREACH,
-    REFERENCE,
-    Figure,
-    Panel,
-    Series,
-    suite_figures,
-)
+from scpo_bench.leaderboard.figures import Figure, Panel, Series, suite_figures
+from scpo_bench.leaderboard.styles import BREACH, REFERENCE
 from scpo_bench.records.schema import Cell
 
 if TYPE_CHECKING:

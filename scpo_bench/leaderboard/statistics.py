@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-Floats = npt.NDArray[np.float64]
+from scpo_bench.contract import Floats
+
 SEED = 20251213
 """Of all resampling. A constant, so that a leaderboard is a function of its records."""
 RESAMPLES = 2000

@@ -24,7 +24,7 @@ from scpo_bench.records.schema import Run, Update, canonical
 # Bounds on untrusted input: far above what a real run writes.
 MAX_LINE_BYTES = 1_000_000
 MAX_UPDATES = 1_000_000
-MAX_FILE_BYTES = 500_000_000
+MAX_FILE_BYTES = 200_000_000
 
 RUN_FILE, UPDATES_FILE, COMPRESSED_UPDATES_FILE = "run.json", "updates.jsonl", "updates.jsonl.gz"
 CHECKPOINT_FILE = "checkpoint"  # of a run in progress; no part of its record
