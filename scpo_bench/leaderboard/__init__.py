@@ -1,5 +1,4 @@
-"""From records to tables, plots and pages: metrics of one run, statistics over seeds, tables, and
-what shows them.
+"""From records to leaderboards: metrics, statistics, columns, tables, figures and the page.
 
 Everything here reads records only; it imports no agent, no environment and no torch.
 """

@@ -79,7 +79,8 @@ def main() -> None:
             size, memory_mb, cpu_s = done.stdout.split()
             wall_s = time.perf_counter() - began
             print(
-                f"{name:22s} {wall_s:6.1f} s ({float(cpu_s):5.1f} s of it on a core)  {memory_mb:>5s} MB peak  (size {size})"
+                f"{name:22s} {wall_s:6.1f} s ({float(cpu_s):5.1f} s of it on a core)  "
+                f"{memory_mb:>5s} MB peak  (size {size})"
             )
 
 
