@@ -22,10 +22,9 @@ lint: $(INSTALLED)  ## style and types
 	$(BIN)/ruff format --check scpo_bench envs baselines tests
 	$(BIN)/mypy -p scpo_bench
 
-leaderboard: $(INSTALLED)  ## write the tables of the committed records into README.md and docs/scpo_rl.md
+leaderboard: $(INSTALLED)  ## generate the tables in README.md and docs/
 	$(BIN)/python -m scpo_bench.leaderboard.readme README.md results paper scpo_bench/DoubleIntegratorImitation-v0
 	$(BIN)/python -m scpo_bench.leaderboard.readme docs/paper.md results paper
-leaderboard: $(INSTALLED)  ## generate the tables in README.md, docs/scpo_rl.md and docs/leaderboard.md
 	$(BIN)/python -m scpo_bench.leaderboard.readme docs/scpo_rl.md results scpo-rl
 	$(BIN)/python -m scpo_bench.leaderboard.readme docs/leaderboard.md
 
