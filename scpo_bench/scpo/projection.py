@@ -4,19 +4,22 @@
     gbar_i(z) = g_i + s_i . z + e_i |z|_1 + (L_i / 2) |z|_2^2.
 
 Why gbar bounds the constraint (the certificate). Let Q have orthonormal columns q_1..q_m and
-suppose that g_i is L_i-smooth around
-theta: |g_i(theta + D) - g_i(theta) - grad g_i . D| <= (L_i / 2) |D|^2. Put D = Q z, so |D|_2 =
-|z|_2. Then
+suppose that g_i is L_i-smooth around theta:
 
-    g_i(theta + Q z) <= g_i(theta) + (Q' grad g_i) . z + (L_i / 2) |z|^2,
+    |g_i(theta + D) - g_i(theta) - grad g_i . D| <= (L_i / 2) |D|^2.
 
-and each component of Q' grad g_i is known as a difference quotient s_ij along q_j with probe radius
+Put D = Q z, so |D|_2 = |z|_2. Then
+
+    g_i(theta + Q z) <= g_i(theta) + (Q' grad g_i) . z + (L_i / 2) |z|^2.
+
+Each component of Q' grad g_i is known as a difference quotient s_ij along q_j with probe radius
 rho, off by at most e_i = L_i rho / 2: the one-sided quotient (g_i(theta + rho q_j) - g_i(theta)) /
 rho is grad g_i . q_j up to (L_i / 2) rho^2 / rho, and the central one is the mean of two such
-quotients. Replacing the true slope costs at most sum_j e_i |z_j| = e_i |z|_1. Hence g_i(theta + Q
-z) <= gbar_i(z): every z with gbar(z) <= 0 is truly safe whenever L_i is a valid bound. Source:
-SCPO, Cao, Borrelli, Joa, arXiv 2512.13788, and the derivation above. Each gbar_i is convex, and z =
-0 satisfies gbar_i(0) = g_i, so from a safe theta the problem is feasible.
+quotients. Replacing the true slope costs at most sum_j e_i |z_j| = e_i |z|_1. Hence
+g_i(theta + Q z) <= gbar_i(z): every z with gbar(z) <= 0 is truly safe whenever L_i is a valid
+bound. Each gbar_i is convex, and gbar_i(0) = g_i, so from a safe theta the problem is feasible.
+
+Source: SCPO, Cao, Borrelli, Joa, arXiv 2512.13788, and the derivation above.
 """
 
 from __future__ import annotations
@@ -30,10 +33,10 @@ from scipy import sparse
 
 from scpo_bench.contract import Floats
 
+# Tighter than Clarabel can always reach: it then stops at the best iterate that it has.
 _SETTINGS = clarabel.DefaultSettings()
 _SETTINGS.verbose = False
 _SETTINGS.max_iter = 60
-_SETTINGS.max_threads = 1
 _SETTINGS.direct_solve_method = "qdldl"
 _SETTINGS.tol_gap_abs = _SETTINGS.tol_gap_rel = _SETTINGS.tol_feas = 1e-11
 
@@ -42,8 +45,8 @@ _SETTINGS.tol_gap_abs = _SETTINGS.tol_gap_rel = _SETTINGS.tol_feas = 1e-11
 class Certificate:
     """gbar over steps z in R^m, for k constraints.
 
-    values: [k] g_i(theta). slopes: [k, m] s_ij. slope_errors: [k] e_i >= 0. smoothness: [k] L_i >=
-    0.
+    values: [k] g_i(theta). slopes: [k, m] s_ij. slope_errors: [k] e_i >= 0.
+    smoothness: [k] L_i >= 0.
     """
 
     values: Floats
@@ -131,8 +134,9 @@ def _allowed(certificate: Certificate, z: Floats, radius: float, ceiling: Floats
 def _into_feasible_set(
     certificate: Certificate, z: Floats, radius: float, ceiling: Floats
 ) -> tuple[Floats, float]:
-    """The largest step t z, t <= 1, that is allowed in floating point, and t. 0 is allowed and the
-    set is convex.
+    """(t z, t): the largest such step with t <= 1 that is allowed in floating point.
+
+    0 is allowed and the set is convex.
     """
     length = float(np.linalg.norm(z))
     t = 1.0 if length <= radius else radius / length
