@@ -37,10 +37,10 @@ WORKSPACE = ("timer", "map_", "solver", "maxuse", "nbuffer", "narena", "cam_x", 
 @pytest.fixture(autouse=True)
 def skyless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compile worlds without a sky: it takes half a second and 190 MB, and changes no number."""
-    from scpo_bench.envs.safety_gymnasium.fast.layout import skyless_mujoco
+    from scpo_bench.envs.safety_gymnasium.fast.layout import mujoco_with_sky
     from scpo_bench.envs.safety_gymnasium.package import original
 
-    monkeypatch.setattr(original().world, "mujoco", skyless_mujoco())
+    monkeypatch.setattr(original().world, "mujoco", mujoco_with_sky(""))
 
 
 def actions(space: gymnasium.spaces.Box, seed: int) -> Any:

@@ -78,21 +78,24 @@ class SkylessWorld:
         module: Any = original().world
         with private_modules():  # holds the lock: all tasks share the private copy's module
             before = module.mujoco
-            module.mujoco = skyless_mujoco()
+            module.mujoco = mujoco_with_sky("")
             try:
                 super().build()  # type: ignore[misc]
             finally:
                 module.mujoco = before
 
 
-def skyless_mujoco() -> SimpleNamespace:
-    """What the package's ``world`` module needs of ``mujoco``, compiling models without a sky."""
+def mujoco_with_sky(sky: str) -> SimpleNamespace:
+    """What the package's ``world`` module needs of ``mujoco``; ``sky`` replaces the world's sky.
 
-    def compile_without_sky(xml: str) -> Any:
-        sky = r'<texture type="skybox"[^>]*>\s*(</texture>)?'
-        return mujoco.MjModel.from_xml_string(re.sub(sky, "", xml, count=1))
+    sky: a texture element of MJCF, or "" for none.
+    """
 
-    compiler = SimpleNamespace(from_xml_string=compile_without_sky)
+    def compile_with_sky(xml: str) -> Any:
+        original_sky = r'<texture type="skybox"[^>]*>\s*(</texture>)?'
+        return mujoco.MjModel.from_xml_string(re.sub(original_sky, sky, xml, count=1))
+
+    compiler = SimpleNamespace(from_xml_string=compile_with_sky)
     return SimpleNamespace(MjModel=compiler, MjData=mujoco.MjData, mj_forward=mujoco.mj_forward)
 
 
