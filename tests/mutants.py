@@ -100,7 +100,7 @@ def mutable(node: ast.AST) -> Iterator[ast.AST]:
                 yield from mutable(child)
 
 
-def changes(node: ast.AST) -> Iterator[tuple[str, Callable[[], None]]]:
+def changes(node: ast.AST) -> Iterator[tuple[str, Callable[[], None]]]:  # noqa: C901 - a list
     """(what changes, function that makes the change in place), for every change of one node."""
 
     def swap(
