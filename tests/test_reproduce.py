@@ -205,7 +205,7 @@ def test_differing_versions_are_named_beside_a_difference(tmp_path):
     """They are the usual reason for it."""
     late = [*UPDATES[:5], changed(UPDATES[5], iterate_return=7.0)]
     differences = compared(
-        tmp_path, late, provenance={"versions": {"torch": "9"}, "cpu": "made up"}
+        tmp_path, late, provenance={"versions": {"torch": "9"}, "cpu": "synthetic"}
     )
     assert "provenance.versions.torch: 2.13.0 against 9" in differences
     assert not any("cpu" in line for line in differences)
