@@ -1,6 +1,4 @@
-"""One cell: what is measured is what happened, the same cell gives the same record, and failures
-and interruptions leave good records.
-"""
+"""One cell: what is measured, what the record says, and how failures are recorded."""
 
 from __future__ import annotations
 
