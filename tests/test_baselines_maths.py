@@ -144,6 +144,12 @@ def test_conjugate_gradient_by_hand():
     )
 
 
+def test_cases_of_cpo_are_numbered_as_documented():
+    """Records hold the number of the case."""
+    names = ["UNCONSTRAINED", "ALL_FEASIBLE", "FROM_INSIDE", "FROM_OUTSIDE", "RECOVERY"]
+    assert [(case.name, case.value) for case in Case] == list(zip(names, range(1, 6)))
+
+
 def test_conjugate_gradient_of_zero_is_zero():
     """A vanishing cost gradient does not divide by zero."""
     assert not conjugate_gradient(lambda v: v, np.zeros(3), 5).any()
@@ -497,6 +503,14 @@ def test_recovery_has_the_lowest_reachable_cost():
         assert solved.weights[0] @ cost[0] == pytest.approx(direct.fun, abs=1e-6)
 
 
+def test_e_step_puts_all_weight_on_the_best_action_where_the_bound_allows_it():
+    """eps above KL(one action || uniform) = ln K: no tilt reaches it, and that is no violation."""
+    solved = e_step(np.array([[0.0, 1.0, 3.0]]), np.zeros((1, 3)), 2.0, np.inf)
+    np.testing.assert_allclose(solved.weights, [[0.0, 0.0, 1.0]], atol=1e-9)
+    assert solved.kl == pytest.approx(np.log(3.0))
+    assert solved.kkt_residual == 0.0
+
+
 @pytest.mark.parametrize("cost", [0.0, 2.0])
 def test_e_step_when_actions_make_no_difference(cost):
     """Constant Q values (an untrained critic) give the uniform q; constant excess is a recovery."""
@@ -607,10 +621,13 @@ def test_episode_costs_fall_back_on_partial_data():
     costs.start_update()
     costs.add(np.array([[2.0], [0.0]]), np.array([False, False]))
     assert costs.estimate() == (pytest.approx([7.0]), 7.0)
-    # After a reset of the environments only the last update's mean length is known.
+    # A reset of the environments drops what the running episodes have cost so far.
     costs.restart_episodes()
     costs.start_update()
     assert costs.estimate() == (pytest.approx([0.0]), 1.0)
+    costs.add(np.array([[2.0], [3.0]]), np.array([True, True]))
+    assert costs.finished == [[2.0], [3.0]]
+    assert costs.lengths == [1.0, 1.0]
 
 
 def test_unknown_configuration_key_names_the_nearest():

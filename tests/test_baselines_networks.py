@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ from scpo_bench.baselines.actors import actor_of
 from scpo_bench.baselines.cvpo_policy import Critics
 from scpo_bench.baselines.networks import Adam, Mlp, sequential_layers
 from scpo_bench.baselines.ppo_lagrangian import clipped_surrogate_weights
-from scpo_bench.baselines.replay import CostReplay
+from scpo_bench.baselines.replay import FIELDS, CostReplay
 from scpo_bench.policies import AffineBackup, BackupActorCriticPolicy
 
 torch.set_num_threads(1)  # tiny networks: more threads only get in each other's way
@@ -289,5 +291,12 @@ def test_replay_state_round_trip():
     draws = [r.sample(50, 2, 0.9, np.random.default_rng(3)) for r in (first, second)]
     for name in ("observations", "rewards", "costs", "next_observations", "discounts"):
         np.testing.assert_array_equal(getattr(draws[0], name), getattr(draws[1], name))
+    # Pickled, only the stored rows travel, and the copy is a full-sized buffer again.
+    copied = pickle.loads(pickle.dumps(first))
+    assert len(pickle.dumps(filled_replay(5, capacity=100_000))) < 10_000
+    for replay in (first, copied):
+        replay.add(**{name: np.ones_like(getattr(replay, name)[0]) for name in FIELDS})
+    for name in FIELDS:
+        np.testing.assert_array_equal(getattr(copied, name), getattr(first, name))
     with pytest.raises(ValueError, match="replay: saved"):
         CostReplay(2, OBSERVATIONS, SPACES[0]).load_state_dict(first.state_dict())

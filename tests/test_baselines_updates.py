@@ -684,6 +684,14 @@ def test_configuration_ranges(config_class, field, good, bad):
             config_class(**{field: value})
 
 
+def test_every_limit_is_checked_and_has_its_key():
+    """One bad limit among several is refused."""
+    keys = {"cost_keys": ("a", "b")}
+    np.testing.assert_array_equal(OnPolicyConfig(**keys, cost_limit=(1, 2)).limits(), [1.0, 2.0])
+    with pytest.raises(ValueError, match=r"cost_limit: expected 2 number\(s\) >= 0"):
+        OnPolicyConfig(**keys, cost_limit=(-1.0, 2.0))
+
+
 @pytest.mark.parametrize("agent_class", [PPOLagrangian, CPO])
 def test_on_policy_agents_run_on_the_cpu(agent_class):
     """A device that is asked for and not used would be a surprise."""
