@@ -36,6 +36,7 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "scpo_bench/leaderboard/metrics.py": ("leaderboard_metrics", "leaderboard_tables"),
     "baselines": (
         "baselines_maths",
+        "baselines_updates",
         "baselines_networks",
         "baselines_optima",
         "baselines_agents",
