@@ -327,6 +327,8 @@ def test_several_constraints_have_a_multiplier_each():
     assert agent.diagnostics["multiplier_cost"] > 0.1
     assert agent.diagnostics["multiplier_energy"] == 0.0
     assert agent.diagnostics["episodic_cost_energy"] == pytest.approx(0.4)
+    names = ("reward_critic_error", "cost_critic_error_cost", "cost_critic_error_energy")
+    assert len({agent.diagnostics[name] for name in names}) == 3
 
 
 # ---- CPO ----
@@ -417,6 +419,7 @@ def test_cpo_without_a_limit_takes_trpos_step():
         assert d["case"] in (Case.UNCONSTRAINED, Case.ALL_FEASIBLE)
         assert d["kl"] <= 1e-3
         assert d["kl"] == pytest.approx(1e-3 * d["step_fraction"] ** 2, rel=0.15)
+        assert d["c"] == 0.0  # minus infinity, which a record could not hold
 
 
 UNCONSTRAINED = {

@@ -331,14 +331,16 @@ def test_e_step_without_constraint_by_hand():
     assert solved.lam == 0.0
 
 
-def test_e_step_with_active_cost_by_hand():
-    """Built backwards from q = (1/2, 1/4, 1/4), Q_c = (1, 1, 0) and eta = lam = 1.
+@pytest.mark.parametrize("cost", [[1.0, 1.0, 0.0], [2.0, 1.0, 0.0]])
+def test_e_step_with_active_cost_by_hand(cost):
+    """Built backwards from q = (1/2, 1/4, 1/4) and eta = lam = 1, for two Q_c.
 
-    Q_r = ln(4 q) + Q_c = (1 + ln 2, 1, 0). With eps = KL(q || uniform) = ln 3 - 3/2 ln 2 and d =
-    E_q[Q_c] = 3/4 both constraints are active at exactly this q.
+    Q_r = ln(4 q) + Q_c = (ln 2, 0, 0) + Q_c. With eps = KL(q || uniform) = ln 3 - 3/2 ln 2 and d =
+    E_q[Q_c] both constraints are active at exactly this q.
     """
-    eps = np.log(3.0) - 1.5 * np.log(2.0)
-    solved = e_step(np.array([[1 + np.log(2.0), 1.0, 0.0]]), np.array([[1.0, 1.0, 0.0]]), eps, 0.75)
+    eps, cost_1K = np.log(3.0) - 1.5 * np.log(2.0), np.array([cost])
+    threshold = float(cost_1K[0] @ [0.5, 0.25, 0.25])
+    solved = e_step(np.array([[np.log(2.0), 0.0, 0.0]]) + cost_1K, cost_1K, eps, threshold)
     np.testing.assert_allclose(solved.weights, [[0.5, 0.25, 0.25]], atol=1e-9)
     assert (solved.eta, solved.lam) == pytest.approx((1.0, 1.0))
     assert solved.cost_excess == pytest.approx(0.0, abs=1e-9)
@@ -517,8 +519,25 @@ def test_e_step_when_actions_make_no_difference(cost):
     solved = e_step(np.full((3, 4), 7.0), np.full((3, 4), cost), 0.02, 1.0)
     np.testing.assert_allclose(solved.weights, 0.25)
     assert solved.recovery == (cost > 1.0)
-    solved = e_step(np.full((3, 4), 7.0), np.arange(12.0).reshape(3, 4), 0.02, 5.4)
+    costs = np.arange(12.0).reshape(3, 4)  # of mean 5.5
+    solved = e_step(np.full((3, 4), 7.0), costs, 0.02, 5.4)
     assert solved.cost_excess <= 1e-9
+    solved = e_step(np.full((3, 4), 7.0), costs, 0.02, 5.6)
+    np.testing.assert_allclose(solved.weights, 0.25)
+    # Differences that are rounding errors of large values are no differences.
+    noise = 1e-5 * np.random.default_rng(0).normal(size=(3, 4))
+    np.testing.assert_allclose(e_step(1e9 + noise, costs, 0.02, 5.6).weights, 0.25)
+
+
+def test_e_step_stays_feasible_where_reward_and_cost_are_the_same():
+    """The dual's Hessian is singular there, and the multiplier's optimum a limit."""
+    values = np.random.default_rng(0).normal(size=(6, 5))
+    for slack in (0.05, 0.2):
+        solved = e_step(values, values, 0.1, values.mean() + slack)
+        assert solved.cost_excess <= 1e-9
+        assert solved.kl <= 0.1 * (1 + 1e-8)
+        assert solved.lam == pytest.approx(1.0, abs=1e-3)
+        assert not solved.recovery
 
 
 @settings(max_examples=50, deadline=None)

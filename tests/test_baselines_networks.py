@@ -180,6 +180,14 @@ def test_unsupported_policies_are_refused():
         actor_of(ActorCriticPolicy(OBSERVATIONS, SPACES[0], lambda _: 1e-3, use_sde=True))
 
 
+def test_large_logits_do_not_overflow():
+    """The softmax is computed from differences of logits: a trained policy's may be large."""
+    actor = actor_of(make_policy(SPACES[1]))
+    head, actions = np.float32([[1e4, 0.0, 1e4]]), np.array([0])
+    assert actor.log_prob(head, actions) == pytest.approx([-np.log(2.0)])
+    assert actor.kl(head, np.zeros(0), head) == 0.0
+
+
 def test_actor_with_backup_starts_at_it():
     """``start: backup``: the first mean action is the backup's, exactly."""
     backup = AffineBackup([[0.5, -1.0, 0.25], [0.0, 2.0, 1.0]], [0.1, 0.0])
@@ -189,11 +197,15 @@ def test_actor_with_backup_starts_at_it():
 
 
 def test_clipped_surrogate_by_hand():
-    """Ratio 1.5 at A = 2 and 0.5 at A = -1 are clipped (gradient 0); vice versa they are not."""
-    ratio, advantages = np.array([1.5, 0.5, 1.5, 0.5]), np.array([2.0, -1.0, -1.0, 2.0])
-    np.testing.assert_allclose(
-        clipped_surrogate_weights(ratio, advantages, 0.2), [0.0, 0.0, 0.375, -0.25]
-    )
+    """Ratio 1.5 at A = 2 and 0.5 at A = -1 are clipped (gradient 0); vice versa they are not.
+
+    Nor is a ratio of 0.9 or 1.1, within the range of 0.2, for either sign of A.
+    """
+    ratio = np.array([1.5, 0.5, 1.5, 0.5, 0.9, 0.9, 1.1, 1.1])
+    advantages = np.array([2.0, -1.0, -1.0, 2.0, 1.0, -1.0, 1.0, -1.0])
+    expected = np.array([0.0, 0.0, 1.5, -1.0, -0.9, 0.9, -1.1, 1.1]) / 8
+    weights = clipped_surrogate_weights(ratio, advantages, 0.2)
+    np.testing.assert_allclose(weights, expected)
 
 
 def test_critics_equal_the_networks_written_out():

@@ -19,6 +19,7 @@ from scpo_bench.baselines.cpo import CPO, CPOConfig
 from scpo_bench.baselines.cpo_dual import Case, TrustRegionStep
 from scpo_bench.baselines.cvpo import CVPO, CVPOConfig
 from scpo_bench.baselines.cvpo_dual import cost_threshold, e_step
+from scpo_bench.baselines.normalisation import normalisation_state, restore_normalisation
 from scpo_bench.baselines.on_policy import OnPolicyConfig
 from scpo_bench.baselines.ppo_lagrangian import PPOLagrangian
 from scpo_bench.baselines.rollout import Rollout
@@ -303,6 +304,7 @@ def test_cpo_solves_the_subproblem_of_its_data(monkeypatch):
     np.testing.assert_allclose(seen["search"][1], reward, atol=1e-5)
     np.testing.assert_allclose(seen["search"][2], cost, atol=1e-6)
     assert seen["search"][3:] == (c, False)
+    assert agent.diagnostics["c"] == c
 
 
 def test_cpo_fisher_matrix_of_every_nth_state():
@@ -355,6 +357,20 @@ def test_line_search_shrinks_past_a_non_finite_step(collected):
     assert 0 < fraction < 1e-25
     assert 0 < surrogates.kl <= 0.01
     assert not np.array_equal(before, after)
+
+
+def test_line_search_of_one_step(collected):
+    """``line_search_steps`` counts the first, full step."""
+    collected.config = CPOConfig(line_search_steps=1)
+    assert line_search(collected, 1e-4, c=-1.0)[2][1:] == (1.0, 1)
+    assert line_search(collected, 1e3, c=-1.0)[2][1:] == (0.0, 1)
+
+
+@pytest.mark.parametrize("bad", range(3))
+def test_surrogates_are_finite_only_if_all_of_them_are(bad):
+    """A single NaN makes a trial step invalid; comparisons with it would be silently false."""
+    assert cpo.Surrogates(0.0, 0.0, 0.0).finite()
+    assert not cpo.Surrogates(*np.where(np.arange(3) == bad, np.nan, 0.0)).finite()
 
 
 def test_line_search_takes_the_longest_step_within_the_trust_region(collected):
@@ -416,7 +432,7 @@ class Ends(MdpVecEnv):
         if self.elapsed == 3:
             dones = np.ones(2, dtype=bool)
             for info, observation in zip(infos, observations):
-                info |= {"terminal_observation": observation, "TimeLimit.truncated": False}
+                info["terminal_observation"] = observation
             infos[0]["TimeLimit.truncated"] = True
             observations = self._start()
         return observations, rewards, dones, infos
@@ -622,6 +638,16 @@ def test_cvpo_episode_length_without_a_time_limit_is_measured():
     assert agent.threshold() == pytest.approx(cost_threshold(10.0, 0.9, 40))
 
 
+@pytest.mark.parametrize("name", ["observation_space", "action_space"])
+def test_cvpo_refuses_spaces_that_it_does_not_cover(name):
+    """Its networks take flat observations and a vector of actions."""
+    mdp = Speed()
+    other = spaces.Discrete(3) if name == "observation_space" else spaces.Box(-1.0, 1.0, (2, 2))
+    setattr(mdp, name, other)
+    with pytest.raises(ValueError, match="env: CVPO needs Box observations"):
+        make(CVPO, MdpVecEnv(mdp, 2))
+
+
 def test_cvpo_counts_its_steps_and_updates():
     """100 steps of 7 environments, rounded up, and 0.05 gradient updates per step between them."""
     agent = make(CVPO, MdpVecEnv(Speed(), 7), learning_starts=105)
@@ -631,6 +657,28 @@ def test_cvpo_counts_its_steps_and_updates():
     agent.train = lambda gradient_steps, batch_size: steps.update([(gradient_steps, batch_size)])
     agent.learn(315)
     assert steps == {(5, 32): 2}  # at 210 and 315 steps: none up to learning_starts
+
+
+# ---- saving ----
+
+
+def test_normalisation_is_restored_except_for_other_numbers_of_environments():
+    """Statistics apply to any number of environments; running returns only to the same number."""
+    saved = VecNormalize(MdpVecEnv(Speed(), 3))
+    saved.reset()
+    for _ in range(5):
+        saved.step(np.ones((3, 1), np.float32))
+    state = normalisation_state(saved)
+    for number in (3, 2):
+        env = VecNormalize(MdpVecEnv(Speed(), number))
+        restore_normalisation(env, state)
+        assert env.obs_rms.mean == saved.obs_rms.mean
+        assert env.ret_rms.var == saved.ret_rms.var
+        expected = saved.returns if number == 3 else np.zeros(2)
+        np.testing.assert_array_equal(env.returns, expected)
+    assert env.obs_rms is not state["obs_rms"]  # a copy: the state may be restored again
+    assert normalisation_state(None) is None
+    restore_normalisation(None, state)
 
 
 # ---- configuration ----
