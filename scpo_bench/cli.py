@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from scpo_bench.errors import UserError
+from scpo_bench.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -177,14 +177,16 @@ def leaderboard(
     from scpo_bench.leaderboard import render, tables
 
     benchmarks = _benchmarks(file)
-    found = sorted(p.name for p in results.iterdir() if p.is_dir()) if results.is_dir() else []
+    folders = results.iterdir() if results.is_dir() else ()
+    found = sorted(p.name for p in folders if p.is_dir() and not p.name.startswith("."))
     names = [name for name in found if suite in (None, name)]
     if format is TableFormat.html and not (suite and names):
         raise UserError("--format html: needs the name of one suite that has records")
     if not names:
-        which = f" of suite {suite!r}" if suite else ""
-        hint = f"`scpo-bench run {suite or 'SUITE'} --results {results}` creates some"
-        raise UserError(f"no records{which} in '{results}'; {hint}")
+        hint = f"; `scpo-bench run {suite or 'SUITE'} --results {results}` creates some"
+        if suite and suite not in benchmarks.suites:
+            hint = nearest(suite, found)
+        raise UserError(f"no records{f' of suite {suite!r}' if suite else ''} in '{results}'{hint}")
     for name in names:
         planned = _planned(benchmarks, name)
         if format is TableFormat.html:

@@ -47,7 +47,8 @@ def _hint(folder: Path) -> str:
         return f"; {len(runs)} below it, such as {runs[0]}"
     parent = next((p for p in folder.parents if p.is_dir()), Path())
     missing = folder.relative_to(parent).parts[:1]
-    return nearest(missing[0], [p.name for p in parent.iterdir()]) if missing else ""
+    found = [p.name for p in parent.iterdir() if not p.name.startswith(".")]
+    return nearest(missing[0], found) if missing else ""
 
 
 Rows = Iterator[tuple[str, str]]
