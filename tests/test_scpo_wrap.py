@@ -15,12 +15,15 @@ import torch
 from push import Push, pushing, small_net
 from stable_baselines3 import A2C, PPO, SAC
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper, VecMonitor, VecNormalize
 from torch import nn
 
 import scpo_bench  # noqa: F401 - registers the tasks
 from scpo_bench.baselines.cvpo import CVPO
 from scpo_bench.baselines.ppo_lagrangian import PPOLagrangian
+from scpo_bench.errors import UserError
 from scpo_bench.policies import AffineBackup, BackupActorCriticPolicy
 from scpo_bench.runs.environments import NativeVecEnv
 from scpo_bench.scpo.cost_gradient import cost_gradient
@@ -202,6 +205,101 @@ def test_user_errors_name_the_field():
         ProjectedPPO("MlpPolicy", pushing(), make_env=Push, cost_limit=0.0).learn(20)
     with pytest.raises(ValueError, match="has no registered id; give make_env"):
         ProjectedPPO("MlpPolicy", pushing()).learn(20)
+
+
+# ---- what is evaluated is what is deployed
+
+
+class Costly(gym.Wrapper, gym.utils.RecordConstructorArgs):
+    """Every step costs 1."""
+
+    def __init__(self, env):
+        gym.utils.RecordConstructorArgs.__init__(self)
+        gym.Wrapper.__init__(self, env)
+
+    def step(self, action):
+        *rest, info = self.env.step(action)
+        return (*rest, {**info, "cost": 1.0})
+
+
+class Unrecorded(gym.Wrapper):
+    """A wrapper that no specification can create again."""
+
+
+class Negated(VecEnvWrapper):
+    """The environment does the opposite of what the agent wants."""
+
+    def reset(self):
+        return self.venv.reset()
+
+    def step_async(self, actions):
+        self.venv.step_async(-actions)
+
+    def step_wait(self):
+        return self.venv.step_wait()
+
+
+@pytest.fixture
+def push():
+    """Creates Push as a registered task, which has a specification."""
+    gym.register("Push-v0", Push)
+    yield functools.partial(gym.make, "Push-v0")
+    del gym.registry["Push-v0"]
+
+
+SMALL = {"n_steps": 20, "batch_size": 20, "rollouts": 2, "rollout_budget": 4, **small_net()}
+
+
+def test_rollouts_have_the_wrappers_of_the_training_environments(push):
+    """A wrapper whose every step costs 1: the start policy is unsafe, and the rollouts see it."""
+    env = make_vec_env(push, 2, seed=0, wrapper_class=Costly)  # behind SB3's Monitor
+    with pytest.raises(UnsafeStartError, match="constraint 'cost' has value 19"):
+        ProjectedPPO("MlpPolicy", env, cost_limit=1.0, **SMALL).learn(20)
+    plain = make_vec_env(push, 2, seed=0)
+    agent = ProjectedPPO("MlpPolicy", plain, cost_limit=1.0, seed=0, **SMALL).learn(80)
+    assert agent.guard.updates >= 1
+
+
+def test_wrappers_that_rollouts_would_miss_are_refused(push):
+    """Silently dropped, each would let an unsafe policy be certified; ``make_env`` answers it."""
+    env = make_vec_env(push, 1, wrapper_class=Unrecorded)
+    with pytest.raises(UserError, match=r"wrapper Unrecorded cannot be created again.*make_env"):
+        ProjectedPPO("MlpPolicy", env, **SMALL).learn(20)
+    negated = Negated(make_vec_env(push, 1))
+    with pytest.raises(UserError, match="do not see wrapper Negated; give make_env"):
+        ProjectedPPO("MlpPolicy", negated, **SMALL).learn(20)
+    ProjectedPPO("MlpPolicy", negated, make_env=Push, **SMALL).learn(20)
+    frozen = VecNormalize(make_vec_env(push, 1), training=False)
+    with pytest.raises(UserError, match="do not see wrapper VecNormalize"):
+        ProjectedPPO("MlpPolicy", frozen, **SMALL).learn(20)
+    rewards = VecNormalize(DummyVecEnv([push]), norm_obs=False)
+    ProjectedPPO("MlpPolicy", VecMonitor(rewards), **SMALL).learn(20)
+    regulation = gym.make_vec(REGULATION, num_envs=2, vectorization_mode="vector_entry_point")
+    with pytest.raises(UserError, match="do not see wrapper Negated"):
+        ProjectedPPO("MlpPolicy", Negated(NativeVecEnv(regulation)), **SMALL).learn(20)
+
+
+class Normed(BaseFeaturesExtractor):
+    """Batch norm: acting depends on statistics that training moves."""
+
+    def __init__(self, space):
+        super().__init__(space, 2)
+        self.norm = nn.BatchNorm1d(2)
+
+    def forward(self, observations):
+        return self.norm(observations)
+
+
+def test_policies_with_running_statistics_are_refused(push):
+    """The deployed policy would act by other statistics than the one that was evaluated."""
+    config = {**SMALL, "policy_kwargs": {"features_extractor_class": Normed, "net_arch": [8]}}
+    agent = ProjectedPPO("MlpPolicy", make_vec_env(push, 1, seed=0), cost_limit=20.0, **config)
+    before = {name: value.clone() for name, value in agent.policy.named_buffers()}
+    assert len(agent.weights.start)  # finding the weights that act moves no statistics
+    after = dict(agent.policy.named_buffers())
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    with pytest.raises(UserError, match=r"norm.running_mean' has moved"):
+        agent.learn(40)
 
 
 def test_signed_values_are_the_constraints_where_the_limit_is_zero():

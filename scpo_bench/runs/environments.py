@@ -58,7 +58,7 @@ class NativeVecEnv(VecEnv):
         super().__init__(
             vector_env.num_envs, vector_env.single_observation_space, vector_env.single_action_space
         )
-        self.task = getattr(vector_env.unwrapped, "task", None)
+        self.task = getattr(vector_env, "task", None)  # none behind a wrapper: it changes the task
 
     def reset(self) -> Any:
         observations, info = self.vector_env.reset(

@@ -20,7 +20,7 @@ from scpo_bench.errors import UserError
 from scpo_bench.scpo.constraints import Constraints, RolloutConfig, constraints_from
 from scpo_bench.scpo.gradient_descent import GradientDescent, GradientDescentConfig
 from scpo_bench.scpo.guard import Guard, GuardConfig
-from scpo_bench.scpo.rollouts import BatchedRollouts
+from scpo_bench.scpo.rollouts import BatchedRollouts, refuse_wrappers
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class SCPO(GradientDescent):
     def constraints(self) -> Constraints:
         if self._constraints is None:
             config, task = self.config, task_of(self.env)
+            assert self.env is not None
+            refuse_wrappers(self.env)
             if task is None:
                 raise UserError(
                     "SCPO: constraints are evaluated in batches, and this environment offers no "

@@ -17,6 +17,7 @@ import cloudpickle
 import gymnasium as gym
 import numpy as np
 import torch
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecMonitor, VecNormalize
 from torch import Tensor
 
 from scpo_bench.contract import BatchedTask, Floats, ProbeMeter
@@ -46,6 +47,20 @@ class Rollouts(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def refuse_wrappers(env: VecEnv, remedy: str = "") -> None:
+    """Raise UserError for a wrapper of the vector environment that rollouts would leave out.
+
+    What it does to costs, actions or observations would not be seen, and an unsafe policy could be
+    certified. The harness's recorder, VecMonitor, and VecNormalize of rewards alone do none of it.
+    """
+    while isinstance(env, VecEnvWrapper):
+        recorder = "probe_meter" in vars(env)
+        rewards_only = isinstance(env, VecNormalize) and not env.norm_obs
+        if not (recorder or rewards_only or isinstance(env, VecMonitor)):
+            raise UserError(f"SCPO: its rollouts do not see wrapper {type(env).__name__}{remedy}")
+        env = env.venv
 
 
 class BatchedRollouts:

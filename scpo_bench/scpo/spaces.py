@@ -18,6 +18,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import Tensor, nn
 
 from scpo_bench.contract import Floats
+from scpo_bench.errors import UserError
 from scpo_bench.policies import BackupActorCriticPolicy
 
 SpaceName = Literal["last_layer", "low_rank", "all"]
@@ -224,7 +225,8 @@ class PolicyWeights(Weights):
 
     Which they are is found by differentiating an action: value functions and exploration noise have
     no part in it. Actions are those of ``policy.predict``, of one policy at a time, computed by a
-    copy of the policy. Raises ValueError if actions cannot be differentiated (discrete actions).
+    copy of the policy in evaluation mode. Raises UserError if actions cannot be differentiated
+    (discrete actions).
     """
 
     vectorized = False
@@ -232,9 +234,11 @@ class PolicyWeights(Weights):
     def __init__(self, policy: Any, start: Floats | None = None) -> None:
         space = policy.observation_space
         observation = policy.obs_to_tensor(np.zeros(space.shape, space.dtype))[0]
+        # As it acts when deployed: in training mode, batch norm would use and move its statistics.
+        policy.set_training_mode(False)
         action = policy._predict(observation, deterministic=True)
         if not action.requires_grad:
-            raise ValueError(
+            raise UserError(
                 f"SCPO: the actions of {type(policy).__name__} cannot be differentiated; it needs "
                 "a Box action space"
             )
@@ -249,6 +253,20 @@ class PolicyWeights(Weights):
         self._policy = copy.deepcopy(policy)
         copied = dict(self._policy.named_parameters())
         self._copy = Weights([copied[name] for name in names], self.start)
+        self._buffers = dict(policy.named_buffers())
+
+    def check_buffers(self) -> None:
+        """Raise UserError if the policy acts by more than its weights: by statistics that moved.
+
+        Rollouts evaluate weights. Running statistics (batch norm, CrossQ) change in training, and
+        the deployed policy would not be the one that was evaluated.
+        """
+        for name, evaluated in self._policy.named_buffers():
+            if not torch.equal(evaluated, self._buffers[name]):
+                raise UserError(
+                    f"SCPO: policy buffer '{name}' has moved in training; policies with running "
+                    "statistics (batch norm) cannot be certified by their weights"
+                )
 
     def policies(self, w: Tensor) -> Policies:
         self._copy.write(w.numpy()[0])

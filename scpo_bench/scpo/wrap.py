@@ -8,6 +8,7 @@ the last bit.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -29,7 +30,7 @@ from scpo_bench.scpo.constraints import Constraints, Exact, RolloutConfig, const
 from scpo_bench.scpo.cost_gradient import cost_gradient
 from scpo_bench.scpo.directions import Candidate
 from scpo_bench.scpo.guard import Decision, Guard, GuardConfig
-from scpo_bench.scpo.rollouts import BatchedRollouts, EpisodeRollouts
+from scpo_bench.scpo.rollouts import BatchedRollouts, EpisodeRollouts, refuse_wrappers
 from scpo_bench.scpo.spaces import PolicyWeights, Weights
 
 
@@ -150,12 +151,14 @@ class Projected(BaseAlgorithm):
     gradient_steps=1000``), because every update costs rollouts. Keyword arguments that are fields
     of :class:`ProjectedConfig` are the guard's; the rest, and a ``cost_limit`` if it knows one, are
     the algorithm's.
-    make_env: creates the environments of the rollouts; by default from the task's registered id.
+    make_env: creates the environments of the rollouts; by default, they are created from the
+    specification of the training environments, with the wrappers it lists.
     workers: processes that run them; by default as many as step the training environments.
 
-    Raises UserError for unknown fields, for observations normalised by statistics that move (the
-    policy would change between updates), for discrete actions; UnsafeStartError in ``learn`` if the
-    rollouts do not show the start policy to be safe.
+    Raises UserError for unknown fields, for wrappers that the rollouts would miss, for observations
+    normalised by statistics that move (the policy would change between updates), for policies with
+    running statistics, for discrete actions; UnsafeStartError in ``learn`` if the rollouts do not
+    show the start policy to be safe.
     """
 
     Config: ClassVar[type[Any]]
@@ -206,7 +209,9 @@ class Projected(BaseAlgorithm):
         if self._constraints is None:
             config, meter, task = self.guard_config, probe_meter_of(self.env), task_of(self.env)
             assert self.env is not None
-            if task is not None:
+            if self._make_env is None:
+                refuse_wrappers(self.env, f"; {MAKE_ENV}")
+            if task is not None and self._make_env is None:
                 self._rollouts = BatchedRollouts(
                     task, self.weights, config.evaluation_starts, config.sharpness, meter
                 )
@@ -246,7 +251,12 @@ class Projected(BaseAlgorithm):
     def train(self, *args: Any, **kwargs: Any) -> None:
         """The algorithm's own update; then the weights that the guard decides."""
         gradients = self._cost_gradients()
-        own_train = functools.partial(super().train, *args, **kwargs)  # type: ignore[misc]
+        train = super().train  # type: ignore[misc]
+
+        def own_train() -> None:
+            train(*args, **kwargs)
+            self.weights.check_buffers()
+
         decision, _ = _update(
             self.guard, self.weights, own_train, self.constraints, self._guard_rng, gradients
         )
@@ -286,19 +296,33 @@ def projected(algorithm: type[BaseAlgorithm]) -> type[Any]:
     return type(f"Projected{algorithm.__name__}", (Projected, algorithm), {})
 
 
+MAKE_ENV = "give make_env, a function that creates the environments of SCPO's rollouts"
+MONITOR = "stable_baselines3.common.monitor:Monitor"  # which only records
+
+
 def _registered_env(env: VecEnv) -> Callable[[], gym.Env[Any, Any]]:
-    """A function that creates one of the environments of ``env``, from its registered id."""
-    spec = env.get_attr("spec")[0]
-    hint = "give make_env, a function that creates the environments of SCPO's rollouts"
+    """A function that creates one of the environments of ``env``, from its specification.
+
+    Raises UserError where that would give another environment than the one trained on.
+    """
+    spec = copy.copy(env.get_attr("spec")[0])
     if spec is None:
-        raise UserError(f"SCPO: the environment has no registered id; {hint}")
-    make_env = functools.partial(
-        gym.make, spec.id, max_episode_steps=spec.max_episode_steps, **spec.kwargs
+        raise UserError(f"SCPO: the environment has no registered id; {MAKE_ENV}")
+    spec.additional_wrappers = tuple(
+        wrapper for wrapper in spec.additional_wrappers if wrapper.entry_point != MONITOR
     )
+    for wrapper in spec.additional_wrappers:
+        if wrapper.kwargs is None:
+            raise UserError(
+                f"SCPO: wrapper {wrapper.name} cannot be created again, since it is no "
+                f"gymnasium.utils.RecordConstructorArgs; {MAKE_ENV}"
+            )
+    make_env = functools.partial(gym.make, spec)
     with contextlib.closing(make_env()) as example:
         spaces = example.observation_space, example.action_space
     if spaces != (env.observation_space, env.action_space):
         raise UserError(
-            f"SCPO: the environment is wrapped, its spaces are not those of {spec.id}; {hint}"
+            f"SCPO: the environment's spaces are not those of its specification, {spec.id}; "
+            f"{MAKE_ENV}"
         )
     return make_env
