@@ -28,8 +28,8 @@ class Rollout:
         observation_space: spaces.Box,
         action_space: spaces.Space,
         device: Any = None,
-        gae_lambda: float = 1.0,
-        gamma: float = 1.0,
+        gae_lambda: float | None = None,
+        gamma: float | None = None,
         n_envs: int = 1,
         n_costs: int = 1,
     ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections import Counter
 
 import numpy as np
@@ -121,6 +122,15 @@ def test_the_batch_of_an_update_has_a_discount_per_signal():
     assert seen == {"gammas": [0.5, 0.75], "lambdas": [0.25, 0.125], "scale": 0.5}
     assert batch.advantages.shape == batch.returns.shape == (2, 400)
     np.testing.assert_array_equal(batch.observations[:5], agent.rollout_buffer.observations[0])
+
+
+@pytest.mark.parametrize("agent_class", [PPOLagrangian, CPO, CVPO])
+def test_cost_estimates_are_of_one_update(agent_class):
+    """Episodes of earlier updates are not counted again."""
+    agent = make(agent_class, steps_per_update=400)
+    agent.learn(800)
+    assert agent.diagnostics["episodes"] == 10
+    assert agent.episode_costs.all_episodes == 20
 
 
 @pytest.mark.parametrize("agent_class", [PPOLagrangian, CPO, CVPO])
@@ -552,6 +562,7 @@ def test_cvpo_m_step_fits_the_weights_within_the_kl_bounds():
     (-fit + 3.0 * kl_mean + 7.0 * kl_std).backward()
     twin.actor_optimizer.step()
 
+    best = dataclasses.replace(best, cost_excess=0.25)
     numbers = agent._m_step(observations, old_mean, old_std, actions, best)
     for measured, expected in zip(agent.policy.actor.parameters(), twin.actor.parameters()):
         torch.testing.assert_close(measured, expected, rtol=1e-4, atol=2e-6)
@@ -561,8 +572,11 @@ def test_cvpo_m_step_fits_the_weights_within_the_kl_bounds():
     assert numbers["kl_covariance"] == pytest.approx(kl_std.item(), rel=1e-4)
     assert numbers["kl"] == numbers["kl_mean"] + numbers["kl_covariance"]
     assert numbers["std"] == pytest.approx(std.mean().item())
-    assert numbers["cost_value_excess"] == pytest.approx(2 * best.cost_excess)
+    assert numbers["cost_value_excess"] == 0.5  # in the environment's unit
     assert numbers["multiplier"] == best.lam
+    unlimited = dataclasses.replace(best, cost_excess=-np.inf)
+    numbers = agent._m_step(observations, old_mean, old_std, actions, unlimited)
+    assert numbers["cost_value_excess"] == 0.0  # a record cannot hold infinity
 
 
 def test_cvpo_training_phase_is_a_mean_over_its_gradient_steps():
