@@ -64,7 +64,7 @@ class BatchedTaskEnv(gym.Env[Any, Any]):
     metadata = {"render_modes": []}  # noqa: RUF012 - Gymnasium declares it as an instance variable
 
     def __init__(self, task: BatchedTask, render_mode: None = None) -> None:
-        self.task = task
+        self.task = self.batched_task = task
         self.render_mode = render_mode
         self.observation_space, self.action_space = task.observation_space, task.action_space
         self._state: Components = ()

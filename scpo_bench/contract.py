@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 Floats = NDArray[np.float64]
+# A wrapper that only records.
+MONITOR = "stable_baselines3.common.monitor:Monitor"
 # A NumPy array or a torch tensor: both have the operators and the .clip() that the tasks use.
 Array = Any
 # One array per state, action or constraint component, all of one shape.
@@ -81,9 +83,22 @@ class ProbeMeter:
 
 
 def task_of(env: VecEnv | None) -> BatchedTask | None:
-    """The batched task of a (wrapped) vector environment; None where it has none."""
-    task = None if env is None else getattr(env.unwrapped, "task", None)
-    return task if isinstance(task, BatchedTask) else None
+    """The batched task of a vector environment; None where it has none.
+
+    Its environments may be a native vector environment or be stepped one by one. In the latter case
+    they must be registered, and no wrapper but SB3's Monitor may stand between them and the task.
+    """
+    if env is None:
+        return None
+    env = env.unwrapped
+    if hasattr(env, "task"):
+        return env.task
+    if not env.has_attr("batched_task"):
+        return None
+    spec = env.get_attr("spec", 0)[0]
+    if spec is None or any(w.entry_point != MONITOR for w in spec.additional_wrappers):
+        return None
+    return env.get_attr("batched_task", 0)[0]
 
 
 def probe_meter_of(env: VecEnv | None) -> ProbeMeter:

@@ -96,3 +96,7 @@ class BackupActorCriticPolicy(ActorCriticPolicy):
         # parameter list stays valid.
         self.action_net = ResidualHead(self.action_net)
         self.mlp_extractor = _WithBackup(self.mlp_extractor, backup)  # type: ignore[assignment]
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        # What ``save`` keeps beside the weights, and ``load`` constructs the policy from.
+        return {**super()._get_constructor_parameters(), "backup": self.mlp_extractor.backup}

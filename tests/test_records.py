@@ -21,7 +21,7 @@ from scpo_bench.records.files import (
     read_run,
     read_updates,
 )
-from scpo_bench.records.schema import violates
+from scpo_bench.records.schema import canonical, violates
 from scpo_bench.records.show import show
 
 ROOT = Path(__file__).parent.parent
@@ -217,3 +217,10 @@ def test_show_is_light():
 def test_file_names(name, expected):
     """A name is one part of a path and leads nowhere else; committed folders depend on the form."""
     assert file_name(name) == expected
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_json_cannot_hold_has_no_canonical_text(value):
+    """NaN would make a key or digest that no other JSON reader could compute."""
+    with pytest.raises(ValueError, match="JSON compliant"):
+        canonical({"a": value})

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.vec_env import SubprocVecEnv
 
 import scpo_bench  # noqa: F401 - registers the tasks
 from scpo_bench.contract import ProbeMeter
-from scpo_bench.policies import AffineBackup
+from scpo_bench.errors import UserError
+from scpo_bench.policies import AffineBackup, BackupActorCriticPolicy
 from scpo_bench.runs.environments import NativeVecEnv
 from scpo_bench.scpo.agent import SCPO
 from scpo_bench.scpo.gradient_descent import GradientDescent
@@ -270,3 +276,67 @@ def test_share_of_unsafe_iterates_under_noise_stays_below_the_level():
         losses.append(agent.diagnostics.get("loss", 1.0))
     assert np.mean(unsafe) <= 0.05
     assert np.median(losses) < 0.4
+
+
+# ---- as a Stable-Baselines3 user would
+
+# SB3 asks for frames from environments that it makes from an id; these tasks have none.
+no_frames = pytest.mark.filterwarnings("ignore:.*render_mode='rgb_array'")
+
+
+def backup_of(task_id):
+    return {"backup": AffineBackup(*gym.make(task_id).unwrapped.task.backup_gain())}
+
+
+@no_frames
+@pytest.mark.parametrize("kind", ["id", "env", "make_vec_env", "SubprocVecEnv"])
+def test_environments_in_the_usual_ways(kind):
+    """From an id, one environment or several in one or more processes: SCPO finds the task."""
+    make = functools.partial(gym.make, f"scpo_bench:{REGRESSION}")  # imported in every process
+    env = {
+        "id": lambda: REGRESSION,
+        "env": make,
+        "make_vec_env": lambda: make_vec_env(make, 2, seed=0),
+        "SubprocVecEnv": lambda: SubprocVecEnv([make, make], start_method="forkserver"),
+    }[kind]()
+    config = {"n_steps": 10, "labels": "visited", **SMALL}
+    agent = SCPO("MlpPolicy", env, policy_kwargs=backup_of(REGRESSION), seed=0, **config)
+    agent.learn(60)
+    assert agent.guard.updates == 60 // (10 * agent.n_envs)
+    agent.env.close()
+
+
+def test_a_wrapped_task_is_not_mistaken_for_the_task():
+    """A wrapper may change what is safe: the pure functions would not know of it."""
+    env = gym.wrappers.TransformAction(gym.make(REGRESSION), np.negative, None)
+    agent = SCPO("MlpPolicy", env, policy_kwargs=backup_of(REGRESSION), n_steps=10, **SMALL)
+    with pytest.raises(UserError, match="offers no batched task"):
+        agent.learn(10)
+
+
+def test_the_last_update_and_episodes_are_logged(tmp_path):
+    """SB3's logger gets the diagnostics and the returns that Monitor reports."""
+    env = make_vec_env(functools.partial(gym.make, REGRESSION), 2, seed=0)
+    agent = SCPO("MlpPolicy", env, policy_kwargs=backup_of(REGRESSION), n_steps=10, **SMALL)
+    agent.set_logger(configure(str(tmp_path), ["csv"]))
+    agent.learn(40)
+    agent.logger.close()
+    header, *rows = (tmp_path / "progress.csv").read_text().splitlines()
+    assert len(rows) == 2
+    logged = dict(zip(header.split(","), rows[-1].split(",")))
+    assert float(logged["train/loss"]) == agent.diagnostics["loss"]
+    assert float(logged["rollout/ep_len_mean"]) == 10
+    assert float(logged["time/total_timesteps"]) == 40
+
+
+@no_frames
+def test_a_saved_policy_acts_as_before(tmp_path):
+    """``policy.save`` and ``load`` keep the backup, without which the policy is another one."""
+    agent = SCPO("MlpPolicy", REGRESSION, policy_kwargs=backup_of(REGRESSION), n_steps=10, **SMALL)
+    agent.learn(20)
+    agent.policy.save(tmp_path / "policy.zip")
+    loaded = BackupActorCriticPolicy.load(tmp_path / "policy.zip")
+    observations = np.linspace(-1, 1, 9, dtype=np.float32)[:, None]
+    actions = [policy.predict(observations, deterministic=True)[0] for policy in (agent, loaded)]
+    np.testing.assert_array_equal(*actions)
+    assert np.ptp(actions[0]) > 0

@@ -12,10 +12,12 @@ from stable_baselines3 import PPO, SAC
 
 import scpo_bench  # noqa: F401 - registers the tasks
 from scpo_bench.contract import ProbeMeter
+from scpo_bench.errors import UserError
 from scpo_bench.policies import AffineBackup, BackupActorCriticPolicy
 from scpo_bench.scpo.constraints import Exact, Expected, RolloutConfig, constraints_from
 from scpo_bench.scpo.rollouts import BatchedRollouts, EpisodeRollouts
 from scpo_bench.scpo.spaces import PolicyWeights, make_space
+from scpo_bench.scpo.wrap import ProjectedConfig
 
 torch.set_num_threads(1)
 IMITATION = "scpo_bench/DoubleIntegratorImitation-v0"
@@ -280,7 +282,44 @@ def test_every_update_draws_new_noise():
     assert values[0][0] == values[0][1] != values[1][0]
 
 
-def test_configuration_of_rollouts_is_checked():
-    """A budget below the first rollouts could never be kept."""
-    with pytest.raises(ValueError, match="rollout_budget: must be at least 8"):
-        RolloutConfig(rollout_budget=7)
+def test_one_violated_constraint_makes_a_probe_a_violation():
+    """A probe violates if any of its constraints does, not only if all do."""
+
+    class Two(Push):
+        def step(self, action):
+            *rest, info = super().step(action)
+            return (*rest, {**info, "constraint_values": np.array([1.0, -1.0])})
+
+    weights = PolicyWeights(PPO("MlpPolicy", pushing()).policy)
+    meter = ProbeMeter()
+    rollouts = EpisodeRollouts(Two, weights, 0.0, 0, 1, meter)
+    rollouts(np.zeros((1, len(weights.start))), [0, 1, 2])
+    assert (meter.violations, meter.steps) == (3, 60)
+    rollouts.close()
+
+
+@pytest.mark.parametrize(
+    ("field", "accepted", "refused"),
+    [
+        ("sharpness", 1e-9, 0.0),
+        ("evaluation_starts", 1, 0),
+        ("level", 0.5, 0.6),
+        ("level", 1e-9, 0.0),
+        ("rollouts", 2, 1),
+        ("rollout_budget", 4, 3),
+        ("cost_limit", 0.0, -1.0),
+        ("L", 1e-9, 0.0),
+        ("probe_radius", 1e-9, 0.0),
+        ("trust_radius", 1e-9, 0.0),
+        ("smallest_probe", 1e-9, 0.0),
+        ("safety_factor", 1.0, 0.9),
+        ("margin", 0.0, -1e-9),
+        ("directions", 1, 0),
+        ("retries", 1, 0),
+    ],
+)
+def test_configuration_is_checked_at_its_bounds(field, accepted, refused):
+    """What no certificate could be built with is refused by name, and nothing else is."""
+    assert getattr(ProjectedConfig(**{field: accepted}), field) == accepted
+    with pytest.raises(UserError, match=f"ProjectedConfig.{field}: must be"):
+        ProjectedConfig(**{field: refused})

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import MaybeCallback
+from stable_baselines3.common.utils import safe_mean
 from torch import nn
 
 from scpo_bench.configuration import require, require_choice, resolve_config
@@ -176,7 +177,7 @@ class GradientDescent(BaseAlgorithm):
         self,
         total_timesteps: int,
         callback: MaybeCallback = None,
-        log_interval: int = 100,
+        log_interval: int = 1,
         tb_log_name: str = "sgd",
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
@@ -189,14 +190,28 @@ class GradientDescent(BaseAlgorithm):
             self._add_labels(np.asarray(self._last_obs), self._reset_labels(range(self.n_envs)))
         self.start_training()
         callback.on_training_start(locals(), globals())
+        updates = 0
         while self.num_timesteps < total:
             callback.on_rollout_start()
             if not self._collect(callback):
                 break
             callback.on_rollout_end()
             self.train()
+            updates += 1
+            if log_interval and updates % log_interval == 0:
+                self.dump_logs()
         callback.on_training_end()
         return self
+
+    def dump_logs(self) -> None:
+        """Write the last update's numbers, and SB3's of the last episodes, to the logger."""
+        for name, value in self.diagnostics.items():
+            self.logger.record(f"train/{name}", value)
+        for name, key in (("rollout/ep_rew_mean", "r"), ("rollout/ep_len_mean", "l")):
+            if self.ep_info_buffer:
+                self.logger.record(name, safe_mean([info[key] for info in self.ep_info_buffer]))
+        self.logger.record("time/total_timesteps", self.num_timesteps, exclude="tensorboard")
+        self.logger.dump(self.num_timesteps)
 
     def _reset_labels(self, indices: Sequence[int] | NDArray[np.intp]) -> NDArray[Any]:
         """[len(indices), action_dim] from the infos of the last resets."""
@@ -219,6 +234,7 @@ class GradientDescent(BaseAlgorithm):
             actions, _ = self.predict(self._last_obs, deterministic=True)  # type: ignore[arg-type]
             observations, rewards, dones, infos = self.env.step(actions)
             self.num_timesteps += self.env.num_envs
+            self._update_info_buffer(infos, dones)
             callback.update_locals(locals())
             if not callback.on_step():
                 return False

@@ -24,7 +24,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from scpo_bench.configuration import require, resolve_config
-from scpo_bench.contract import Floats, probe_meter_of, task_of
+from scpo_bench.contract import MONITOR, Floats, probe_meter_of, task_of
 from scpo_bench.errors import UserError
 from scpo_bench.scpo.constraints import Constraints, Exact, RolloutConfig, constraints_from
 from scpo_bench.scpo.cost_gradient import cost_gradient
@@ -265,6 +265,8 @@ class Projected(BaseAlgorithm):
             # A target left at the proposal would lead the next update back to it.
             policy.actor_target.load_state_dict(policy.actor.state_dict())
         self.diagnostics = {**self.diagnostics, **decision.diagnostics}
+        for name, value in decision.diagnostics.items():
+            self.logger.record(f"scpo/{name}", value)
 
     def _cost_gradients(self) -> list[Floats]:
         costs, self._costs = self._costs, []
@@ -297,7 +299,6 @@ def projected(algorithm: type[BaseAlgorithm]) -> type[Any]:
 
 
 MAKE_ENV = "give make_env, a function that creates the environments of SCPO's rollouts"
-MONITOR = "stable_baselines3.common.monitor:Monitor"  # which only records
 
 
 def _registered_env(env: VecEnv) -> Callable[[], gym.Env[Any, Any]]:
