@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -14,12 +16,13 @@ import pytest
 from synthetic_records import GOAL, IMITATION, synthetic_cell, synthetic_updates, write_record
 
 from scpo_bench.errors import UserError
-from scpo_bench.records.consistency import check_record
+from scpo_bench.records.consistency import check_bounds, check_record
 from scpo_bench.records.files import (
     COMPRESSED_UPDATES_FILE,
     file_name,
     read_run,
     read_updates,
+    write_atomically,
 )
 from scpo_bench.records.schema import canonical, violates
 from scpo_bench.records.show import show
@@ -224,3 +227,52 @@ def test_what_json_cannot_hold_has_no_canonical_text(value):
     """NaN would make a key or digest that no other JSON reader could compute."""
     with pytest.raises(ValueError, match="JSON compliant"):
         canonical({"a": value})
+
+
+def test_one_value_has_one_canonical_text():
+    """Keys and digests must not depend on the order in which fields were written."""
+    assert canonical({"b": 1, "a": [1.5, None]}) == b'{"a":[1.5,null],"b":1}'
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
+    """The old file stands, and no part of the new one lies beside it."""
+    path = tmp_path / "run.json"
+    write_atomically(path, b"old")
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, b"new")
+    assert [p.name for p in tmp_path.iterdir()] == ["run.json"]
+    assert path.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(("steps", "accepted"), [(2**53, True), (2**53 + 1, False)])
+def test_counts_are_bounded_where_floats_stop_being_exact(steps, accepted):
+    """Larger counts are no measurements, and sums of them would be wrong without a warning."""
+    run, (update, *_) = read_run(CPO), read_updates(CPO)
+    update = update.model_copy(update={"interaction_steps": steps})
+    problem = check_bounds(run, [update])
+    assert (problem is None) == accepted
+    assert accepted or f"interaction_steps: expected at most {2**53}" in str(problem)
+
+
+def test_rounding_of_a_mean_is_no_contradiction():
+    """The mean of equal costs may exceed the largest by rounding, in proportion to its size."""
+    run, updates = read_run(LIMIT_25), read_updates(LIMIT_25)
+    number = next(u.update for u in updates if u.episodes)
+    for excess, accepted in ((1e-7, True), (1e-5, False)):
+        fields = {"cost_max": 1e6, "cost_mean": 1e6 * (1 + excess), "violating_episodes": 1}
+        updates[number] = updates[number].model_copy(update=fields)
+        problems = check_record(run, updates)
+        assert any("cost_mean" in problem for problem in problems) != accepted
+
+
+@pytest.mark.parametrize(("interval", "text"), [(1, "every update"), (5, "1 in 5")])
+def test_show_says_how_often_policies_are_evaluated(tmp_path, interval, text):
+    """An update without an evaluation is no gap in the record if it was never planned."""
+    cell = synthetic_cell("ppo", IMITATION, 0, 5, evaluation_interval=interval)
+    folder = write_record(tmp_path, "quick", cell, synthetic_updates(cell, 5))
+    assert text in show(folder)
