@@ -289,7 +289,7 @@ def test_n_step_returns_by_hand():
 
 
 def test_replay_normalises_single_rewards_and_observations():
-    """Statistics are applied when sampling, to rewards before they are summed; costs stay as are."""
+    """Statistics are applied when sampling, to single rewards; costs are not normalised."""
 
     class Normaliser:
         def normalize_reward(self, rewards):
