@@ -253,7 +253,11 @@ def test_trust_region_step_on_random_instances():
             assert g @ x == pytest.approx(
                 best, rel=1e-7, abs=1e-9 * np.linalg.norm(g) * np.sqrt(2 * delta)
             )
-            # complementary slackness of both multipliers
+            # stationarity, and complementary slackness of both multipliers
+            stationary = g - step.cost_multiplier * b
+            scale = np.linalg.norm(g)
+            np.testing.assert_allclose(stationary, step.kl_multiplier * x, atol=1e-6 * scale)
+            assert min(step.cost_multiplier, step.kl_multiplier) >= 0
             assert step.cost_multiplier * abs(c + b @ x) <= 1e-7 * np.linalg.norm(g) * np.sqrt(
                 2 * delta
             )

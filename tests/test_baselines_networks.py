@@ -288,6 +288,23 @@ def test_n_step_returns_by_hand():
     assert rows[5] == (1e5, 5, 6, 0.5)  # the newest step: one step only
 
 
+def test_replay_normalises_single_rewards_and_observations():
+    """Statistics are applied when sampling, to single rewards; costs are not normalised."""
+
+    class Normaliser:
+        def normalize_reward(self, rewards):
+            return np.minimum(rewards, 5.0)  # as VecNormalize clips
+
+        def normalize_obs(self, observations):
+            return observations + 100.0
+
+    batch = filled_replay(3).sample(50, 2, 0.5, np.random.default_rng(0), Normaliser())
+    at_start = batch.observations[:, 0] == 100.0
+    assert set(batch.rewards[at_start]) == {1 + 2.5}  # rewards 1 and 10 at the first two steps
+    assert set(batch.costs[at_start]) == {0.5}
+    assert set(batch.next_observations[at_start, 0]) == {102.0}
+
+
 def test_replay_wraps_around():
     """Windows do not run from the newest row into the oldest."""
     rows = by_start(filled_replay(11))

@@ -603,6 +603,10 @@ def test_cvpo_targets_move_by_tau():
     """targets += tau (networks - targets), for actor and critics alike."""
     policy = trained_cvpo().policy
     pairs = ((policy.actor, policy.actor_target), (policy.critics, policy.critics_target))
+    with torch.no_grad():
+        for online, _ in pairs:
+            for p in online.parameters():
+                p += 1.0
     before = [[p.detach().clone() for p in target.parameters()] for _, target in pairs]
     policy.follow(0.25)
     for (online, target), old in zip(pairs, before):
