@@ -1,12 +1,13 @@
 """SCPO: every proposed update is projected into the set of certified steps.
 
 Source: Cao, Borrelli, Joa, "Constrained Policy Optimization via Sampling-Based Weight-Space
-Projection", arXiv 2512.13788. Where the paper is silent, this package is the definition.
-Deviations, each an option: ``verified`` mode evaluates a step's constraints before deploying it
-(they are the next update's starting point, so this costs nothing); L may be sampled or adapted
-instead of declared; the certificate carries an explicit error for slopes that are difference
-quotients; constraints are log-sum-exp maxima of relative values; the step may be confined to a
-subspace of the weights.
+Projection", arXiv 2512.13788. The defaults are the published algorithm, as far as it is public
+(:mod:`scpo_bench.scpo.guard` cites it line by line); where the paper is silent, this package is the
+definition: each constraint is a log-sum-exp maximum over start states and steps of relative values,
+and the step changes the last layer.
+
+:class:`PointwiseSCPO` is what this project makes of it: one constraint per start state, step and
+signed bound, a complete bank, sampled curvature, and probes that serve several updates.
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+
 from scpo_bench.configuration import require
-from scpo_bench.contract import probe_meter_of, task_of
+from scpo_bench.contract import Floats, probe_meter_of, task_of
 from scpo_bench.errors import UserError
+from scpo_bench.scpo.bank import Candidate
 from scpo_bench.scpo.constraints import Constraints, RolloutConfig, constraints_from
 from scpo_bench.scpo.gradient_descent import GradientDescent, GradientDescentConfig
-from scpo_bench.scpo.guard import Guard, GuardConfig
+from scpo_bench.scpo.guard import Differences, Guard, GuardConfig, Objective
 from scpo_bench.scpo.rollouts import BatchedRollouts, refuse_wrappers
+from scpo_bench.scpo.smoothness import Rule
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,28 @@ class SCPOConfig(RolloutConfig, GuardConfig, GradientDescentConfig):
         for part in (GuardConfig, GradientDescentConfig, RolloutConfig):
             part.__post_init__(self)
         require(self, "constraint_noise", low=0)
+        if self.mode == "certified" and self.active_starts > 0:
+            raise UserError(
+                f"{type(self).__name__}.active_starts: expected 0 in certified mode, where nothing "
+                f"would evaluate the other start states, got {self.active_starts}"
+            )
+
+
+@dataclass(frozen=True)
+class PointwiseConfig(SCPOConfig):
+    """The defaults of agent ``scpo-pointwise``."""
+
+    pointwise: bool = True
+    active_starts: int = 24
+    smoothness: Rule = "sampled"
+    safety_factor: float = 1.0
+    directions: int = 4096
+    """In effect a complete basis."""
+    candidates: tuple[Candidate, ...] = ()
+    probe_radius: float = 1e-3
+    differences: Differences = "central"
+    reuse: float = 0.01
+    margin: float = 0.02
 
 
 class SCPO(GradientDescent):
@@ -81,12 +108,34 @@ class SCPO(GradientDescent):
             self._constraints = constraints_from(rollouts, config, config.retries)
         return self._constraints
 
+    @property
+    def objective(self) -> Objective:
+        """The loss over the labels seen so far, for backtracking."""
+
+        def gradient(w: Floats) -> Floats:
+            variable = torch.as_tensor(w).clone().requires_grad_()
+            return torch.autograd.grad(self.loss(variable), variable)[0].numpy()
+
+        def value(w: Floats) -> float:
+            with torch.no_grad():
+                return float(self.loss(torch.as_tensor(w)))
+
+        return Objective(value, gradient)
+
     def start_training(self) -> None:
         super().start_training()
         self.guard.start(self.w, self.constraints)
 
     def train(self) -> None:
         """One update: propose, and deploy what the guard decides."""
-        decision = self.guard.update(self.w, self.propose, self.constraints, self.rng)
+        decision = self.guard.update(
+            self.w, self.propose, self.constraints, self.rng, objective=self.objective
+        )
         self.deploy(decision.w)
         self.diagnostics = {**self.diagnostics, **decision.diagnostics}
+
+
+class PointwiseSCPO(SCPO):
+    """Agent ``scpo-pointwise``: :class:`SCPO` with the defaults of :class:`PointwiseConfig`."""
+
+    Config: ClassVar[type[GradientDescentConfig]] = PointwiseConfig

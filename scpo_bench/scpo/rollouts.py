@@ -7,8 +7,9 @@ several processes (:class:`EpisodeRollouts`). Policies act deterministically.
 
 from __future__ import annotations
 
+import functools
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any, Protocol
@@ -17,13 +18,14 @@ import cloudpickle
 import gymnasium as gym
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecMonitor, VecNormalize
 from torch import Tensor
 
-from scpo_bench.contract import BatchedTask, Floats, ProbeMeter
+from scpo_bench.contract import BatchedTask, Components, Floats, ProbeMeter
 from scpo_bench.errors import UserError
 from scpo_bench.processes import end_with_parent
-from scpo_bench.scpo.spaces import ParameterSpace
+from scpo_bench.scpo.spaces import ParameterSpace, Policies
 
 # Policies are evaluated in groups of about this many (policy, start) pairs: the working set then
 # stays in the processor's cache.
@@ -89,13 +91,49 @@ class BatchedRollouts:
         self._starts = tuple(
             torch.as_tensor(s, dtype=torch.float64) for s in task.design_starts(starts)
         )
+        self.starts = len(self._starts[0])
+
+    @functools.cached_property
+    def bound_names(self) -> NDArray[np.intp]:
+        """[P], the index of the name of each of one start's constraints, in their order."""
+        width = self._task.action_space.shape[0]
+        one = tuple(s[None, :1] for s in self._starts)
+        bounds = self._bounds_of(lambda x: x.new_zeros(*x.shape[:-1], width), one)
+        return np.array([name for name, _ in bounds])
+
+    def bounds(self, w: Floats, starts: NDArray[np.intp] | None = None) -> Floats:
+        """Every signed bound's value for policies w [M, d]: [M, n P], start after start.
+
+        starts: [n], indices of the start states; by default all.
+        """
+        chosen = self._starts if starts is None else tuple(s[starts] for s in self._starts)
+        n, parts = len(chosen[0]), []
+        with torch.no_grad():
+            for part in torch.as_tensor(w).split(self._at_once(n)):
+                state = tuple(s.expand(len(part), -1) for s in chosen)
+                values = [value for _, value in self._bounds_of(self._space.policies(part), state)]
+                parts.append(torch.stack(values, dim=-1).reshape(len(part), -1))
+        result = torch.cat(parts).numpy()
+        self._meter.violations += int((result > 0).any(axis=1).sum())
+        self._meter.steps += len(w) * n * self._task.constraint_horizon
+        return result
+
+    def _bounds_of(self, act: Policies, state: Components) -> Iterator[tuple[int, Tensor]]:
+        horizon = self._task.constraint_horizon
+        for step in range(horizon):
+            action = act(torch.stack(state, dim=-1)).double().unbind(dim=-1)
+            following = self._task.next_state(state, action)
+            yield from self._task.bounds(state, action, following, step + 1 == horizon)
+            state = following
+
+    def _at_once(self, starts: int) -> int:
+        return max(1, PAIRS_AT_ONCE // starts) if self._space.vectorized else 1
 
     def __call__(self, w: Floats, streams: Sequence[int] = (0,)) -> Floats:
-        n, k = len(self._starts[0]), len(self.names)
-        at_once = max(1, PAIRS_AT_ONCE // n) if self._space.vectorized else 1
+        n, k = self.starts, len(self.names)
         smooth = []
         with torch.no_grad():
-            for part in torch.as_tensor(w).split(at_once):
+            for part in torch.as_tensor(w).split(self._at_once(n)):
                 values = self.constraint_values(part)
                 self._meter.violations += int((values.amax(dim=(1, 2)) > 0).sum())
                 smooth.append(torch.logsumexp(self._sharpness * values, dim=-1) / self._sharpness)

@@ -26,12 +26,20 @@ from torch import Tensor
 from scpo_bench.configuration import require, resolve_config
 from scpo_bench.contract import MONITOR, Floats, probe_meter_of, task_of
 from scpo_bench.errors import UserError
+from scpo_bench.scpo.bank import Candidate
 from scpo_bench.scpo.constraints import Constraints, Exact, RolloutConfig, constraints_from
 from scpo_bench.scpo.cost_gradient import cost_gradient
-from scpo_bench.scpo.directions import Candidate
 from scpo_bench.scpo.guard import Decision, Guard, GuardConfig
 from scpo_bench.scpo.rollouts import BatchedRollouts, EpisodeRollouts, refuse_wrappers
 from scpo_bench.scpo.spaces import PolicyWeights, Weights
+
+# Of GuardConfig, for ProjectedOptimizer: its constraints cost little.
+OPTIMIZER_DEFAULTS: dict[str, Any] = {
+    "directions": 64,
+    "candidates": ("normals", "momentum", "start"),
+    "probe_radius": 1e-2,
+    "safe_probes": True,
+}
 
 
 def _update(
@@ -79,9 +87,7 @@ class ProjectedOptimizer:
         **config: Any,
     ) -> None:
         self.optimizer = optimizer
-        self.guard = Guard(
-            resolve_config(GuardConfig, {"probe_radius": 1e-2, "safe_probes": True, **config})
-        )
+        self.guard = Guard(resolve_config(GuardConfig, {**OPTIMIZER_DEFAULTS, **config}))
         self.diagnostics: dict[str, float] = {}
         self._weights = Weights([p for group in optimizer.param_groups for p in group["params"]])
         self._rng = np.random.default_rng(np.random.SeedSequence(seed))

@@ -43,6 +43,13 @@ _AGENTS = (
         "scpo", "scpo_bench.scpo.agent:SCPO", "safe by certificate: projected updates", True, True
     ),
     AgentSpec(
+        "scpo-pointwise",
+        "scpo_bench.scpo.agent:PointwiseSCPO",
+        "SCPO, one constraint per start state and step",
+        True,
+        True,
+    ),
+    AgentSpec(
         "scpo-ppo", "scpo_bench.scpo.wrap:ProjectedPPO", "PPO with projected updates: any task"
     ),
     AgentSpec(
