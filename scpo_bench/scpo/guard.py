@@ -117,6 +117,10 @@ class GuardConfig:
     """The raw step is scaled down to this length, in units of w."""
     margin: float = 0.0
     """How far below zero the certificate is asked to stay."""
+    recheck: float = 0.5
+    """verified: the share of the margin that a step has to keep when it is evaluated (or as much as
+    the policy had before it).
+    """
     retries: int = 8
     """Projections per update before it is given up and the policy stays."""
 
@@ -129,6 +133,7 @@ class GuardConfig:
         for name in ("L", "trust_radius", "smallest_probe"):
             require(self, name, above=0)
         require(self, "safety_factor", low=1)
+        require(self, "recheck", low=0, high=1)
         for name in ("margin", "probe_radius", "reuse"):
             require(self, name, low=0)
         for name in ("directions", "retries"):
@@ -387,25 +392,29 @@ class Guard:
             self.breaches += bool((exceeded & (realised[model.rows] > ceiling)).any())
             if correct and exceeded.any():
                 gained = realised[model.rows] - certificate.linear(z)
-                allowed = np.maximum(certificate.uncertainty(z), 1e-300)
-                self.smoothness.raised(model.rows, np.where(exceeded, gained / allowed, 0.0))
-            if config.mode == "certified" or (realised <= 0).all():
+                expected = np.maximum(certificate.uncertainty(z), 1e-300)
+                self.smoothness.raised(model.rows, np.where(exceeded, gained / expected, 0.0))
+            allowed = np.maximum(model.values, -config.recheck * config.margin)
+            if config.mode == "certified" or (realised <= allowed).all():
                 near = ~far & (bound > -config.margin - NEARLY_ACTIVE)
                 uncertainty = certificate.uncertainty(z)[near].max(initial=0.0)
                 return _Step(change, realised, bound, certificate.smoothness, float(uncertainty))
-            model = self._with_missed(model, realised, constraints)
+            model = self._with_missed(model, realised - allowed, constraints)
         return reason
 
     def _with_missed(
-        self, model: LocalModel, realised: Floats, constraints: Constraints
+        self, model: LocalModel, excess: Floats, constraints: Constraints
     ) -> LocalModel:
-        """The model with the constraints that violate and were not probed."""
-        known = np.zeros(len(realised), dtype=bool)
+        """The model with the constraints that failed the re-check and were not probed.
+
+        excess: [K], by how much each failed it.
+        """
+        known = np.zeros(len(excess), dtype=bool)
         known[model.rows] = True
-        missed = np.flatnonzero((realised > 0) & ~known)
+        missed = np.flatnonzero((excess > 0) & ~known)
         if not len(missed):
             return model
-        worst = missed[np.argsort(-realised[missed])[:MISSED_AT_ONCE]]
+        worst = missed[np.argsort(-excess[missed])[:MISSED_AT_ONCE]]
         rows = constraints.beside(worst)
         more = self._probed(model.w, model.values, model.bank, rows, constraints)
         self._model = model.extended(more)

@@ -135,6 +135,7 @@ class ProjectedConfig(RolloutConfig, GuardConfig):
     trust_radius: float = 1e3
     """In effect none: the algorithm chooses its own step size."""
     margin: float = 0.1
+    recheck: float = 0.0
     retries: int = 4
     rollouts: int = 4
     rollout_budget: int = 32
