@@ -456,7 +456,7 @@ def test_projected_optimizer_keeps_every_bit_of_what_it_does_not_project():
     safe_at = (0.0, 1e-20, 1.0)
     optimizer = ProjectedOptimizer(
         Jump([parameter], lr=0.1),
-        lambda: [-1.0 if parameter.item() in safe_at else 1.0],
+        lambda: [-1.0 if min(abs(parameter.item() - s) for s in safe_at) < 1e-6 else 1.0],
         smoothness="apriori",
         L=1e-3,
         trust_radius=10.0,

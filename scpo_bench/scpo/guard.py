@@ -23,6 +23,8 @@ from scpo_bench.scpo import smoothness
 from scpo_bench.scpo.constraints import Constraints, describe_unsafe
 from scpo_bench.scpo.directions import Candidate, DirectionMemory, probe_basis
 from scpo_bench.scpo.projection import Certificate, project
+from scpo_bench.scpo.recovery import Verified, descend, fall_back, margin_after_return, pushed
+from scpo_bench.scpo.recovery import DECAY as MARGIN_DECAY
 
 Mode = Literal["certified", "verified"]
 Differences = Literal["central", "forward"]
@@ -79,6 +81,10 @@ class GuardConfig:
     """How far below zero the certificate is asked to stay."""
     retries: int = 8
     """verified mode: projections per update before the update is given up and the policy stays."""
+    recovery: bool = False
+    """Where the start policy is unsafe: lower the largest constraint value until it is safe,
+    instead of refusing to start. Policies deployed until then violate.
+    """
 
     def __post_init__(self) -> None:
         require_choice(self, "mode", get_args(Mode))
@@ -99,12 +105,13 @@ class Decision:
     """What an update deploys.
 
     w: [d]. status: "unaltered" (the whole proposal), "projected", "held" (w as it was: no step was
-    certified), or "recovered" (w had become unsafe; this is the last policy evaluated as safe).
+    certified), "recovered" (w had become unsafe; this is the newest of the earlier policies that is
+    still found safe), or "recovering" (the start policy is unsafe, and so may this be).
     diagnostics: the numbers of this update.
     """
 
     w: Floats
-    status: Literal["unaltered", "projected", "held", "recovered"]
+    status: Literal["unaltered", "projected", "held", "recovered", "recovering"]
     diagnostics: dict[str, float]
 
 
@@ -119,21 +126,22 @@ class Guard:
         self.updates = 0
         self.breaches = 0  # certified steps whose realised constraints exceeded the bound
         self.held = 0  # updates that stayed at z = 0
-        self.recoveries = 0  # updates that returned to the last safe policy
-        self._safe: tuple[Floats, Floats] | None = None  # (w, g) of the last safe policy
+        self.recoveries = 0  # updates that returned to an earlier policy
+        self.learned_margin = 0.0  # beside the configured one; grows with recoveries
+        self.verified: list[Verified] = []  # policies to return to, the newest last
 
     def start(self, w: Floats, constraints: Constraints) -> Floats:
         """Evaluate the policy that training starts from, once. Returns g [k] at the present policy.
 
-        Raises :class:`UnsafeStartError` if it violates a constraint.
+        Raises :class:`UnsafeStartError` if it violates a constraint, unless ``config.recovery``.
         """
         if self.g is None:
             constraints.begin_update(0)
-            self.g = constraints.evaluate(w)
-        if (self.g > 0).any() and self._safe is None:
+            self.g = _known(constraints.evaluate(w), constraints.names)
+        if (self.g > 0).any() and not self.verified and not self.config.recovery:
             raise UnsafeStartError(
                 f"SCPO: the start policy is unsafe: {describe_unsafe(constraints.names, self.g)}; "
-                "start from a safe policy"
+                "start from a safe policy, or set recovery to make it safe first"
             )
         return self.g
 
@@ -147,27 +155,77 @@ class Guard:
     ) -> Decision:
         """One update of the deployed policy w [d].
 
-        propose: returns the proposed change of w [d]; it is called only if w is safe.
+        propose: returns the proposed change of w [d]; it is not called to return from an unsafe w
+        to an earlier policy.
         cost_gradients: the candidates "cost". Raises :class:`UnsafeStartError` in the first update
-        if w is unsafe.
+        if w is unsafe (unless ``config.recovery``), UserError if a constraint has no value (NaN).
         """
         g = self.start(w, constraints)
         self.updates += 1
-        if constraints.begin_update(self.updates):
-            # The noise is new: what was accepted under the old noise is evaluated again.
-            g = constraints.evaluate(w)
-        if (g > 0).any():
-            return self._recover()
-        self._safe = w, g
-        return self._project(w, g, propose(), constraints, rng, cost_gradients)
+        self.learned_margin *= MARGIN_DECAY
+        noisy = constraints.begin_update(self.updates)
+        if noisy:
+            # More is known now than when it was accepted.
+            g = _known(constraints.evaluate(w), constraints.names)
+        if (g <= 0).all():
+            self.verified = pushed(self.verified, Verified(w, g))
+            return self._project(w, g, propose(), constraints, rng, cost_gradients)
+        if self.verified:
+            return self._recover(w, constraints if noisy else None)
+        return self._leave_unsafe_start(w, g, propose(), constraints, rng, cost_gradients)
 
-    def _recover(self) -> Decision:
-        """Back to the last safe policy: from an unsafe one nothing can be certified."""
-        assert self._safe is not None
-        w, self.g = self._safe
+    def _recover(self, failed: Floats, noisy: Constraints | None) -> Decision:
+        """Back to an earlier policy: from an unsafe one nothing can be certified.
+
+        noisy: evaluates the earlier ones again.
+        """
+        self.verified = fall_back(
+            self.verified, failed, lambda old: noisy.evaluate(old.w) if noisy else old.g
+        )
         self.recoveries += 1
+        if noisy:
+            self.learned_margin = margin_after_return(self.learned_margin)
+        w, self.g = self.verified[-1].w, self.verified[-1].g
         diagnostics = {"recoveries": float(self.recoveries), "step_norm": 0.0}
         return Decision(w, "recovered", diagnostics)
+
+    def _leave_unsafe_start(
+        self,
+        w: Floats,
+        g: Floats,
+        proposal: Floats,
+        constraints: Constraints,
+        rng: np.random.Generator,
+        cost_gradients: Sequence[Floats],
+    ) -> Decision:
+        """One update of the recovery phase. The proposal is a direction among others."""
+        config = self.config
+        memory = self.memory or DirectionMemory.empty(len(g), len(w))
+        candidates = memory.candidates(w, config.candidates, cost_gradients)
+        basis = probe_basis(proposal, candidates, config.directions, rng)
+        rho = config.probe_radius
+        values, _ = constraints.probe(w, g, w + rho * np.concatenate([basis.T, -basis.T]))
+        plus, minus = np.split(values, 2)
+        step = descend(
+            g,
+            plus,
+            minus,
+            rho,
+            lambda z: _known(constraints.evaluate(w + basis @ z), constraints.names),
+            radius=config.trust_radius,
+            margin=config.margin,
+            safety_factor=config.safety_factor,
+            retries=config.retries,
+        )
+        self.g, self.memory = step.g, memory.updated(basis, step.slopes, step.z)
+        diagnostics = {
+            "recovering": 1.0,
+            "target_violation": step.target,
+            "step_norm": float(np.linalg.norm(step.z)),
+        }
+        for name, value in zip(constraints.names, step.g):
+            diagnostics[f"realised/{name}"] = float(value)
+        return Decision(w + basis @ step.z, "recovering", diagnostics)
 
     def _project(
         self,
@@ -189,6 +247,10 @@ class Guard:
         # In verified mode noise in the slopes costs a retry, not safety; in certified mode the
         # certificate has to cover it.
         slope_error = slope_noise if config.mode == "certified" else 0.0
+        # Rounding is in the evaluation that would decide, too: it counts in both modes.
+        rounding = constraints.rounding(w)
+        slope_error = slope_error + 2 * rounding / rho
+        margin = config.margin + self.learned_margin + 2 * rounding
         # The paper's mode with a declared L corrects nothing: a breach is only recorded.
         correct = config.mode == "verified" or config.smoothness != "apriori"
 
@@ -197,7 +259,7 @@ class Guard:
         breaches = 0
         for _ in range(config.retries):
             certificate = Certificate(g, slopes, 0.5 * L * rho + slope_error, L)
-            result = project(certificate, target, config.trust_radius, config.margin)
+            result = project(certificate, target, config.trust_radius, margin)
             z = result.z
             if not z.any():
                 break
@@ -224,6 +286,7 @@ class Guard:
             "breaches": float(self.breaches),
             "held": float(self.held),
             "recoveries": float(self.recoveries),
+            **({"learned_margin": self.learned_margin} if self.recoveries else {}),
             **({"probe_radius": rho} if config.safe_probes else {}),
         }
         for i, name in enumerate(constraints.names):
@@ -278,3 +341,11 @@ class Guard:
         assert curvature is not None
         sampled = np.maximum(self.config.safety_factor * curvature, smoothness.FLOOR)
         return sampled if previous is None else np.maximum(sampled, smoothness.SHRINK * previous)
+
+
+def _known(g: Floats, names: tuple[str, ...]) -> Floats:
+    """g; UserError if it holds a NaN, which would pass for safe and be unsafe at once."""
+    if np.isnan(g).any():
+        name = names[int(np.argmax(np.isnan(g)))]
+        raise UserError(f"SCPO: constraint '{name}' has value nan; expected a number")
+    return g

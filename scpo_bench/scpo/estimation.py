@@ -1,0 +1,160 @@
+"""Constraints g(w) = E[y(w, noise)] <= 0, estimated from rollouts with confidence bounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from scpo_bench.contract import Floats
+from scpo_bench.errors import UserError
+from scpo_bench.scpo import bounds
+from scpo_bench.scpo.rollouts import Rollouts
+
+if TYPE_CHECKING:
+    from scpo_bench.scpo.constraints import RolloutConfig
+
+POLICIES = 32  # safe policies whose rollouts are kept
+EPISODES = 512  # newest rollouts that are kept of each
+COSTLY = 256  # newest costly rollouts, of any policy, that say what a costly one costs
+
+
+@dataclass
+class Evidence:
+    """Everything that rollouts have shown so far. Belongs to a training run and is saved with it.
+
+    samples: y [n, k] of each policy found safe, by its parameters' bytes, the newest last.
+    costly: costs of costly rollouts of evaluated policies, the newest last.
+    streams: of noise used so far. None is used twice, so what was chosen under some noise is never
+    judged by it.
+    """
+
+    samples: dict[bytes, Floats] = field(default_factory=dict)
+    costly: list[float] = field(default_factory=list)
+    streams: int = 0
+
+    def next_streams(self, n: int) -> range:
+        self.streams += n
+        return range(self.streams - n, self.streams)
+
+    def keep(self, w: Floats, y: Floats) -> None:
+        """y [n, k]: all that is known of w."""
+        self.samples.pop(w.tobytes(), None)
+        self.samples[w.tobytes()] = y[-EPISODES:]
+        while len(self.samples) > POLICIES:
+            del self.samples[next(iter(self.samples))]
+
+
+class Expected:
+    """g(w) = E[y(w, noise)], with confidence 1 - ``level`` per update.
+
+    rollouts: give y. candidates: how many policies an update may evaluate beside its own. evidence:
+    what is known already; it is added to.
+
+    A policy's first look takes ``config.rollouts`` rollouts and doubles them until the decision is
+    clear, up to ``config.rollout_budget``. Every look and every set of probes has noise of its own,
+    never used before; within a set of probes equal streams mean equal noise (common random
+    numbers), so slopes are paired differences and the noise that both policies share cancels.
+    Once found safe, a policy is looked at again in every update that starts from it, and all its
+    rollouts count. Then it alone is at stake, and it is given up when its mean is not found below
+    the limit at the whole ``level``; candidates share the level (Bonferroni: candidates,
+    constraints and, unless the bound holds at all times, the doublings).
+
+    Raises UserError if ``config.bound`` is "betting" and the values' range is unknown, or if a
+    rollout costs more than that range says.
+    """
+
+    def __init__(
+        self, rollouts: Rollouts, config: RolloutConfig, candidates: int, evidence: Evidence
+    ) -> None:
+        self.names = rollouts.names
+        self.evidence = evidence
+        self._rollouts, self._config, self._span = rollouts, config, rollouts.span
+        if config.bound == "betting" and not np.isfinite(self._range()).all():
+            raise UserError(
+                "SCPO: bound betting needs the largest cost of an episode, and this task does not "
+                "tell; give largest_cost, or choose bound mixed or student"
+            )
+        doublings = 1 + max(0, int(np.ceil(np.log2(config.rollout_budget / config.rollouts))))
+        looks = 1 if config.bound == "betting" else doublings
+        # The whole level for a policy that is kept; of a candidate, one share is that of the
+        # deployed policy, one each candidate's, one that of the slopes.
+        self._whole = config.level / (len(self.names) * looks)
+        self._share = self._whole / (candidates + 2)
+
+    def begin_update(self, update: int) -> bool:
+        return True
+
+    def evaluate(self, w: Floats) -> Floats:
+        """An upper confidence bound on g(w) [k].
+
+        For a policy found safe before: at most 0 unless it has to be given up.
+        """
+        known = self.evidence.samples.get(w.tobytes())
+        y = self._look(w, known, self._config.rollouts)
+        used = self._config.rollouts
+        while True:
+            upper, mean = self._upper(y, self._share), y.mean(axis=0)
+            # Clear: certainly unsafe, or safe with the distance to the limit known to within half
+            # of itself.
+            unsafe = (mean - bounds.student(y, self._share) > 0).any()
+            safe = (upper <= np.minimum(0.5 * mean, 0.0)).all()
+            if unsafe or safe or used >= self._config.rollout_budget:
+                break
+            more = min(used, self._config.rollout_budget - used)
+            y, used = self._look(w, y, more), used + more
+        if known is not None:
+            kept = self._mean_bound(y, self._whole)
+            upper = np.where(kept <= 0, np.minimum(upper, 0.0), np.maximum(upper, kept))
+        if (upper <= 0).all():
+            self.evidence.keep(w, y)
+        return upper
+
+    def probe(self, w: Floats, g: Floats, probes: Floats) -> tuple[Floats, Floats]:
+        streams = self.evidence.next_streams(self._config.probe_rollouts)
+        y = self._rollouts(np.concatenate([w[None], probes]), streams)
+        known = self.evidence.samples.get(w.tobytes())
+        if known is not None:  # w was chosen before this noise was drawn
+            self.evidence.keep(w, np.concatenate([known, y[0]]))
+        difference = y[1:] - y[0]
+        return g + difference.mean(axis=1), bounds.student(difference, self._share / len(probes))
+
+    def rounding(self, w: Floats) -> Floats:
+        return np.zeros(len(self.names))
+
+    def _look(self, w: Floats, known: Floats | None, n: int) -> Floats:
+        """y of all rollouts of w: the ``known`` ones, and n under new noise."""
+        y = self._rollouts(w[None], self.evidence.next_streams(n))[0]
+        if self._span is not None:
+            costs = (y - self._span[0]).ravel()
+            self.evidence.costly = (self.evidence.costly + costs[costs > 0].tolist())[-COSTLY:]
+        return y if known is None else np.concatenate([known, y])
+
+    def _range(self) -> tuple[float, float]:
+        return self._span or (-np.inf, np.inf)
+
+    def _upper(self, y: Floats, tail: float) -> Floats:
+        """The bound that a policy must keep to be deployed: [k], from y [n, k]."""
+        upper = self._mean_bound(y, tail)
+        if self._config.predicted_episodes:
+            level = self._config.level
+            further = bounds.predicted(y, self._config.predicted_episodes, level)
+            upper = np.maximum(upper, further)
+        return upper
+
+    def _mean_bound(self, y: Floats, tail: float) -> Floats:
+        """Upper confidence bound on the mean: [k], from y [n, k]."""
+        rule, (low, high) = self._config.bound, self._range()
+        if rule == "betting":
+            x = (y - low) / (high - low)
+            if (x > 1).any():
+                raise UserError(
+                    f"RolloutConfig.largest_cost: an episode cost {x.max():.4g} times as much"
+                )
+            return low + (high - low) * np.array([bounds.betting(c, tail) for c in x.T])
+        if rule == "student" or self._span is None:
+            return y.mean(axis=0) + bounds.student(y, tail)
+        # Where little is known, a costly episode is taken to cost what the limit allows.
+        severity = max(-low, float(np.mean(self.evidence.costly or [0.0])))
+        return low + np.array([bounds.mixed(c - low, tail, severity) for c in y.T])

@@ -1,0 +1,158 @@
+"""Back to safety: earlier policies to return to, a margin that learns, and unsafe start policies.
+
+The recovery phase has the paper's form with the violation as its objective; that it may be needed,
+and the rest of this module, are this project's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import clarabel
+import numpy as np
+from scipy import sparse
+
+from scpo_bench.contract import Floats
+from scpo_bench.scpo import smoothness
+from scpo_bench.scpo.projection import Certificate
+
+KEPT = 16  # policies to return to, the start policy included
+
+# The margin that a return to an earlier policy adds, in units of relative constraint values: it
+# starts with FIRST, grows by GROWTH up to MOST, and decays by DECAY in every update.
+FIRST, GROWTH, MOST, DECAY = 0.05, 1.5, 0.4, 0.95
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A policy that was evaluated as safe. w: [d]; g: [k], its values when it last was."""
+
+    w: Floats
+    g: Floats
+
+
+def pushed(stack: list[Verified], policy: Verified) -> list[Verified]:
+    """The stack with ``policy`` on top, once. Beyond KEPT the oldest but the first is dropped."""
+    if stack and np.array_equal(stack[-1].w, policy.w):
+        stack = stack[:-1]
+    if len(stack) >= KEPT:
+        stack = [stack[0], *stack[2:]]
+    return [*stack, policy]
+
+
+def fall_back(
+    stack: list[Verified], failed: Floats, evaluate: Callable[[Verified], Floats]
+) -> list[Verified]:
+    """The stack without ``failed`` [d] and what is no longer found safe; its top is to be deployed.
+
+    evaluate: gives the present values of a policy on it. The first policy stays whatever it gives:
+    there is nothing else to return to.
+    """
+    while True:
+        top = stack[-1]
+        if not np.array_equal(top.w, failed):
+            top = replace(top, g=evaluate(top))
+            if len(stack) == 1 or (top.g <= 0).all():
+                return [*stack[:-1], top]
+        elif len(stack) == 1:
+            return stack
+        stack = stack[:-1]
+
+
+def margin_after_return(margin: float) -> float:
+    """The learned margin after an update that had to return to an earlier policy."""
+    return min(max(FIRST, GROWTH * margin), MOST)
+
+
+# ---- from an unsafe start
+
+
+@dataclass(frozen=True)
+class Descent:
+    """A step of the recovery phase.
+
+    z: [m]; zero if none was found. g: [k], where it leads. slopes: [k, m]. target: the largest
+    violation that the certificate promised.
+    """
+
+    z: Floats
+    g: Floats
+    slopes: Floats
+    target: float
+
+
+def descend(
+    g: Floats,
+    plus: Floats,
+    minus: Floats,
+    rho: float,
+    evaluate: Callable[[Floats], Floats],
+    *,
+    radius: float,
+    margin: float,
+    safety_factor: float,
+    retries: int,
+) -> Descent:
+    """A step that lowers the largest constraint value, as far as the certificate allows.
+
+    g: [k], not all <= 0, at z = 0; plus, minus: [m, k], at z = +rho and -rho along each direction;
+    evaluate: g [k] at z [m]. A step is taken only if evaluation shows a decrease, and constraints
+    that were satisfied still are; else L is raised, or the radius halved, and it is tried again.
+    """
+    slopes = (plus - minus).T / (2 * rho)
+    curvature = smoothness.second_differences(g, plus, minus, rho)
+    L = np.maximum(safety_factor * curvature, smoothness.FLOOR)
+    violated, worst = g > 0, float(g.max())
+    for _ in range(retries):
+        certificate = Certificate(g, slopes, 0.5 * L * rho, L)
+        z = least_violation(certificate, radius, margin)
+        bound = certificate.bound(z)
+        if not z.any() or bound.max() >= worst:
+            break
+        values = evaluate(z)
+        if values.max() < worst and (values[~violated] <= 0).all():
+            return Descent(z, values, slopes, float(bound.max()))
+        breached = values > bound
+        L = smoothness.after_breach(L, breached, values, g + slopes @ z, float(z @ z))
+        radius = 0.5 * float(np.linalg.norm(z))
+    return Descent(np.zeros(slopes.shape[1]), g, slopes, worst)
+
+
+def least_violation(certificate: Certificate, radius: float, margin: float) -> Floats:
+    """z [m] with the smallest t such that, within |z| <= radius and up to the solver's tolerance,
+
+    gbar_i(z) <= t for the constraints violated at z = 0 and gbar_i(z) <= 0 for the others; no
+    t < -margin is asked for. Zero where the solver fails.
+    """
+    k, m = certificate.slopes.shape
+    violated = certificate.values > 0
+    n_a = m if certificate.slope_errors.any() else 0
+    # Columns: y = z / radius [m], q >= |y|^2, a_j >= |y_j| [n_a], t. Rows of A x <= b: the
+    # constraints, q <= 1, -t <= margin, +-y <= a; then the cone |(2 y, q - 1)| <= q + 1.
+    n, linear = m + 2 + n_a, k + 2 + 2 * n_a
+    A, b = np.zeros((linear + m + 2, n)), np.zeros(linear + m + 2)
+    A[:k, :m] = certificate.slopes * radius
+    A[:k, m] = 0.5 * certificate.smoothness * radius**2
+    A[:k, m + 1 : m + 1 + n_a] = certificate.slope_errors[:, None] * radius
+    A[:k, -1] = -violated.astype(np.float64)
+    b[:k] = -certificate.values
+    A[k, m], b[k] = 1.0, 1.0
+    A[k + 1, -1], b[k + 1] = -1.0, margin
+    if n_a:
+        signs = np.vstack([np.eye(m), -np.eye(m)])
+        A[k + 2 : linear, :m], A[k + 2 : linear, m + 1 : -1] = signs, -np.abs(signs)
+    A[linear, m], b[linear] = -1.0, 1.0
+    A[linear + 1 : -1, :m] = -2.0 * np.eye(m)
+    A[-1, m], b[-1] = -1.0, -1.0
+    cost = np.zeros(n)
+    cost[m], cost[-1] = 1e-6, 1.0  # of steps that promise the same, a short one
+    settings = clarabel.DefaultSettings()
+    settings.verbose = False
+    cones = [clarabel.NonnegativeConeT(linear), clarabel.SecondOrderConeT(m + 2)]
+    solver = clarabel.DefaultSolver(
+        sparse.csc_matrix((n, n)), cost, sparse.csc_matrix(A), b, cones, settings
+    )
+    solution = solver.solve()
+    z = np.asarray(solution.x[:m]) * radius
+    return z if np.isfinite(z).all() else np.zeros(m)
