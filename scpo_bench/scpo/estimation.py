@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from scpo_bench.scpo.constraints import RolloutConfig
 
 POLICIES = 32  # safe policies whose rollouts are kept
+# Parameters closer than this are the same policy: written to a network and read back they have
+# changed by rounding.
+SAME = 1e-5
 EPISODES = 512  # newest rollouts that are kept of each
 COSTLY = 256  # newest costly rollouts, of any policy, that say what a costly one costs
 
@@ -24,13 +27,13 @@ COSTLY = 256  # newest costly rollouts, of any policy, that say what a costly on
 class Evidence:
     """Everything that rollouts have shown so far. Belongs to a training run and is saved with it.
 
-    samples: y [n, k] of each policy found safe, by its parameters' bytes, the newest last.
+    samples: (w [d], y [n, k]) of each policy found safe, the newest last.
     costly: costs of costly rollouts of evaluated policies, the newest last.
     streams: of noise used so far. None is used twice, so what was chosen under some noise is never
     judged by it.
     """
 
-    samples: dict[bytes, Floats] = field(default_factory=dict)
+    samples: list[tuple[Floats, Floats]] = field(default_factory=list)
     costly: list[float] = field(default_factory=list)
     streams: int = 0
 
@@ -38,12 +41,19 @@ class Evidence:
         self.streams += n
         return range(self.streams - n, self.streams)
 
+    def of(self, w: Floats) -> Floats | None:
+        """All y [n, k] of a policy once found safe."""
+        same = (y for known, y in reversed(self.samples) if _same(known, w))
+        return next(same, None)
+
     def keep(self, w: Floats, y: Floats) -> None:
         """y [n, k]: all that is known of w."""
-        self.samples.pop(w.tobytes(), None)
-        self.samples[w.tobytes()] = y[-EPISODES:]
-        while len(self.samples) > POLICIES:
-            del self.samples[next(iter(self.samples))]
+        others = [(known, old) for known, old in self.samples if not _same(known, w)]
+        self.samples = [*others, (w, y[-EPISODES:])][-POLICIES:]
+
+
+def _same(w: Floats, other: Floats) -> bool:
+    return bool(np.linalg.norm(w - other) <= SAME * (1 + np.linalg.norm(w)))
 
 
 class Expected:
@@ -91,7 +101,7 @@ class Expected:
 
         For a policy found safe before: at most 0 unless it has to be given up.
         """
-        known = self.evidence.samples.get(w.tobytes())
+        known = self.evidence.of(w)
         y = self._look(w, known, self._config.rollouts)
         used = self._config.rollouts
         while True:
@@ -114,7 +124,7 @@ class Expected:
     def probe(self, w: Floats, g: Floats, probes: Floats) -> tuple[Floats, Floats]:
         streams = self.evidence.next_streams(self._config.probe_rollouts)
         y = self._rollouts(np.concatenate([w[None], probes]), streams)
-        known = self.evidence.samples.get(w.tobytes())
+        known = self.evidence.of(w)
         if known is not None:  # w was chosen before this noise was drawn
             self.evidence.keep(w, np.concatenate([known, y[0]]))
         difference = y[1:] - y[0]

@@ -19,12 +19,10 @@ import numpy as np
 from scpo_bench.configuration import require, require_choice
 from scpo_bench.contract import Floats
 from scpo_bench.errors import UserError
-from scpo_bench.scpo import smoothness
+from scpo_bench.scpo import recovery, smoothness
 from scpo_bench.scpo.constraints import Constraints, describe_unsafe
 from scpo_bench.scpo.directions import Candidate, DirectionMemory, probe_basis
 from scpo_bench.scpo.projection import Certificate, project
-from scpo_bench.scpo.recovery import Verified, descend, fall_back, margin_after_return, pushed
-from scpo_bench.scpo.recovery import DECAY as MARGIN_DECAY
 
 Mode = Literal["certified", "verified"]
 Differences = Literal["central", "forward"]
@@ -128,7 +126,8 @@ class Guard:
         self.held = 0  # updates that stayed at z = 0
         self.recoveries = 0  # updates that returned to an earlier policy
         self.learned_margin = 0.0  # beside the configured one; grows with recoveries
-        self.verified: list[Verified] = []  # policies to return to, the newest last
+        self.recovery_radius = recovery.FIRST_RADIUS  # of the next step from an unsafe start
+        self.verified: list[recovery.Verified] = []  # policies to return to, the newest last
 
     def start(self, w: Floats, constraints: Constraints) -> Floats:
         """Evaluate the policy that training starts from, once. Returns g [k] at the present policy.
@@ -162,13 +161,13 @@ class Guard:
         """
         g = self.start(w, constraints)
         self.updates += 1
-        self.learned_margin *= MARGIN_DECAY
+        self.learned_margin *= recovery.DECAY
         noisy = constraints.begin_update(self.updates)
         if noisy:
             # More is known now than when it was accepted.
             g = _known(constraints.evaluate(w), constraints.names)
         if (g <= 0).all():
-            self.verified = pushed(self.verified, Verified(w, g))
+            self.verified = recovery.pushed(self.verified, recovery.Verified(w, g))
             return self._project(w, g, propose(), constraints, rng, cost_gradients)
         if self.verified:
             return self._recover(w, constraints if noisy else None)
@@ -179,12 +178,12 @@ class Guard:
 
         noisy: evaluates the earlier ones again.
         """
-        self.verified = fall_back(
+        self.verified = recovery.fall_back(
             self.verified, failed, lambda old: noisy.evaluate(old.w) if noisy else old.g
         )
         self.recoveries += 1
         if noisy:
-            self.learned_margin = margin_after_return(self.learned_margin)
+            self.learned_margin = recovery.margin_after_return(self.learned_margin)
         w, self.g = self.verified[-1].w, self.verified[-1].g
         diagnostics = {"recoveries": float(self.recoveries), "step_norm": 0.0}
         return Decision(w, "recovered", diagnostics)
@@ -206,18 +205,16 @@ class Guard:
         rho = config.probe_radius
         values, _ = constraints.probe(w, g, w + rho * np.concatenate([basis.T, -basis.T]))
         plus, minus = np.split(values, 2)
-        step = descend(
+        step = recovery.descend(
             g,
-            plus,
-            minus,
-            rho,
+            (plus - minus).T / (2 * rho),
             lambda z: _known(constraints.evaluate(w + basis @ z), constraints.names),
-            radius=config.trust_radius,
+            radius=min(self.recovery_radius, config.trust_radius),
             margin=config.margin,
-            safety_factor=config.safety_factor,
             retries=config.retries,
         )
-        self.g, self.memory = step.g, memory.updated(basis, step.slopes, step.z)
+        self.g, self.recovery_radius = step.g, step.radius
+        self.memory = memory.updated(basis, step.slopes, step.z)
         diagnostics = {
             "recovering": 1.0,
             "target_violation": step.target,

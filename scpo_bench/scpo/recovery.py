@@ -18,6 +18,7 @@ from scpo_bench.scpo import smoothness
 from scpo_bench.scpo.projection import Certificate
 
 KEPT = 16  # policies to return to, the start policy included
+FIRST_RADIUS = 1.0  # of the recovery phase's first step, in units of w
 
 # The margin that a return to an earlier policy adds, in units of relative constraint values: it
 # starts with FIRST, grows by GROWTH up to MOST, and decays by DECAY in every update.
@@ -73,50 +74,48 @@ class Descent:
     """A step of the recovery phase.
 
     z: [m]; zero if none was found. g: [k], where it leads. slopes: [k, m]. target: the largest
-    violation that the certificate promised.
+    violation that was aimed at. radius: to try first next time, twice this step or, where none was
+    found, half of what was tried first now.
     """
 
     z: Floats
     g: Floats
     slopes: Floats
     target: float
+    radius: float
 
 
 def descend(
     g: Floats,
-    plus: Floats,
-    minus: Floats,
-    rho: float,
+    slopes: Floats,
     evaluate: Callable[[Floats], Floats],
     *,
     radius: float,
     margin: float,
-    safety_factor: float,
     retries: int,
 ) -> Descent:
-    """A step that lowers the largest constraint value, as far as the certificate allows.
+    """A step that lowers the largest constraint value.
 
-    g: [k], not all <= 0, at z = 0; plus, minus: [m, k], at z = +rho and -rho along each direction;
-    evaluate: g [k] at z [m]. A step is taken only if evaluation shows a decrease, and constraints
-    that were satisfied still are; else L is raised, or the radius halved, and it is tried again.
+    g: [k], not all <= 0; slopes: [k, m]; evaluate: g [k] at z [m]. It is chosen by the certificate
+    with L as small as evaluated steps have not refuted, within a radius that is halved when a step
+    fails: what counts is that evaluation shows a decrease, and that constraints which were
+    satisfied still are.
     """
-    slopes = (plus - minus).T / (2 * rho)
-    curvature = smoothness.second_differences(g, plus, minus, rho)
-    L = np.maximum(safety_factor * curvature, smoothness.FLOOR)
-    violated, worst = g > 0, float(g.max())
+    L = np.full(len(g), smoothness.FLOOR)
+    violated, worst, first = g > 0, float(g.max()), radius
     for _ in range(retries):
-        certificate = Certificate(g, slopes, 0.5 * L * rho, L)
+        certificate = Certificate(g, slopes, np.zeros(len(g)), L)
         z = least_violation(certificate, radius, margin)
         bound = certificate.bound(z)
-        if not z.any() or bound.max() >= worst:
+        length = float(np.linalg.norm(z))
+        if length == 0 or bound.max() >= worst:
             break
         values = evaluate(z)
         if values.max() < worst and (values[~violated] <= 0).all():
-            return Descent(z, values, slopes, float(bound.max()))
-        breached = values > bound
-        L = smoothness.after_breach(L, breached, values, g + slopes @ z, float(z @ z))
-        radius = 0.5 * float(np.linalg.norm(z))
-    return Descent(np.zeros(slopes.shape[1]), g, slopes, worst)
+            return Descent(z, values, slopes, float(bound.max()), 2 * length)
+        L = smoothness.after_breach(L, values > bound, values, g + slopes @ z, length**2)
+        radius = 0.5 * length
+    return Descent(np.zeros(slopes.shape[1]), g, slopes, worst, 0.5 * first)
 
 
 def least_violation(certificate: Certificate, radius: float, margin: float) -> Floats:

@@ -75,7 +75,7 @@ class BatchedRollouts:
     stream is then charged as rollouts of its own.
     """
 
-    span = None
+    span: tuple[float, float] | None = None
 
     def __init__(
         self,
