@@ -16,9 +16,14 @@ from scpo_bench.scpo.rollouts import Rollouts
 
 
 class Constraints(Protocol):
-    """k constraints on parameters w [d]. names: of the constraints, k of them."""
+    """k constraints on parameters w [d].
+
+    names: of the constraints, k of them. uncertainty: how far below what ``evaluate`` returned last
+    g may be [k], or one number for all: the width of a confidence interval.
+    """
 
     names: tuple[str, ...]
+    uncertainty: Floats | float
 
     def begin_update(self, update: int) -> bool:
         """True if there is noise: then the deployed policy has to be evaluated again."""
@@ -107,6 +112,8 @@ class Exact:
 
     rounding: maps w [d] to how far off its values may be by rounding [k]; by default not at all.
     """
+
+    uncertainty: Floats | float = 0.0
 
     def __init__(
         self,

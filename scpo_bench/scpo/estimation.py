@@ -79,6 +79,7 @@ class Expected:
         self, rollouts: Rollouts, config: RolloutConfig, candidates: int, evidence: Evidence
     ) -> None:
         self.names = rollouts.names
+        self.uncertainty: Floats | float = 0.0
         self.evidence = evidence
         self._rollouts, self._config, self._span = rollouts, config, rollouts.span
         if config.bound == "betting" and not np.isfinite(self._range()).all():
@@ -106,9 +107,10 @@ class Expected:
         used = self._config.rollouts
         while True:
             upper, mean = self._upper(y, self._share), y.mean(axis=0)
+            lower = mean - bounds.student(y, self._share)
             # Clear: certainly unsafe, or safe with the distance to the limit known to within half
             # of itself.
-            unsafe = (mean - bounds.student(y, self._share) > 0).any()
+            unsafe = (lower > 0).any()
             safe = (upper <= np.minimum(0.5 * mean, 0.0)).all()
             if unsafe or safe or used >= self._config.rollout_budget:
                 break
@@ -119,6 +121,7 @@ class Expected:
             upper = np.where(kept <= 0, np.minimum(upper, 0.0), np.maximum(upper, kept))
         if (upper <= 0).all():
             self.evidence.keep(w, y)
+        self.uncertainty = np.maximum(upper - lower, 0.0)
         return upper
 
     def probe(self, w: Floats, g: Floats, probes: Floats) -> tuple[Floats, Floats]:

@@ -254,22 +254,27 @@ class Guard:
         target = basis.T @ proposal
         step, realised, bound, status = np.zeros(len(target)), g, g, "held"
         breaches = 0
+        radius = config.trust_radius
         for _ in range(config.retries):
             certificate = Certificate(g, slopes, 0.5 * L * rho + slope_error, L)
-            result = project(certificate, target, config.trust_radius, margin)
+            result = project(certificate, target, radius, margin)
             z = result.z
             if not z.any():
                 break
             values = constraints.evaluate(w + basis @ z)
-            breached = values > result.bound
+            # Of noisy values only what is certain counts as a breach; L must not learn from luck.
+            certain = values - constraints.uncertainty
+            breached = certain > result.bound
             breaches += bool(breached.any())
             if correct:
-                L = smoothness.after_breach(L, breached, values, g + slopes @ z, float(z @ z))
+                L = smoothness.after_breach(L, breached, certain, g + slopes @ z, float(z @ z))
             if config.mode == "certified" or (values <= 0).all():
                 step, realised, bound, status = z, values, result.bound, result.status
                 if config.smoothness == "adaptive" and not breached.any():
                     L = smoothness.after_success(L)
                 break
+            if not breached.any():
+                radius = 0.5 * float(np.linalg.norm(z))
 
         if config.smoothness != "apriori":
             self.smoothness = L
@@ -292,7 +297,7 @@ class Guard:
             diagnostics[f"L/{name}"] = float(L[i])
         if status == "held":
             return Decision(w, "held", diagnostics)
-        whole = status == "inactive" and float(np.linalg.norm(target)) <= config.trust_radius
+        whole = status == "inactive" and float(np.linalg.norm(target)) <= radius
         return Decision(w + basis @ step, "unaltered" if whole else "projected", diagnostics)
 
     def _radius(self, g: Floats, memory: DirectionMemory) -> float:
