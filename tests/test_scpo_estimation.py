@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -18,6 +19,7 @@ from scpo_bench.errors import UserError
 from scpo_bench.scpo import bounds, estimation
 from scpo_bench.scpo.constraints import Exact, RolloutConfig, constraints_from
 from scpo_bench.scpo.estimation import Evidence, Expected
+from scpo_bench.scpo.guard import Guard, GuardConfig
 from scpo_bench.scpo.rollouts import BatchedRollouts, EpisodeRollouts
 from scpo_bench.scpo.spaces import PolicyWeights
 
@@ -151,8 +153,8 @@ def test_evidence_of_the_deployed_policy_is_pooled():
     written = w + 1e-9  # to a network in float32 and back
     second = constraint.evaluate(written)
     y = constraint.evidence.of(w)
-    assert len(y) == 8 + 4 + 8
-    assert y[-8:].mean() == pytest.approx(-0.5, abs=0.2)
+    assert len(y) == 8 + 4 + 4
+    assert y[-4:].mean() == pytest.approx(-0.5, abs=0.2)
     assert second == pytest.approx(y.mean(axis=0) + bounds.student(y, 0.05 / 4 / 10))
     unsafe = np.full(1, 2.0)
     constraint.evaluate(unsafe)
@@ -178,13 +180,33 @@ def test_the_kept_policy_has_the_whole_level():
     """Candidates share the level; the deployed policy, alone at stake, is judged by all of it."""
     constraint = noisy(0.0, 1.0, rollout_budget=8, candidates=30)
     y = np.random.default_rng(3).normal(size=(64, 1))
-    whole = bounds.student(y, 0.05)[0]
+    whole = bounds.student(y, 0.05 / 2)[0]
     share = bounds.student(y, 0.05 / 32)[0]
     w = np.zeros(1)
     constraint._look = lambda *_: y - y.mean() - 0.5 * (whole + share)
     assert constraint.evaluate(w)[0] > 0
     constraint.evidence.keep(w, y)
     assert constraint.evaluate(w)[0] == 0
+
+
+def test_a_candidate_refused_by_chance_is_retried_closer_and_teaches_no_curvature():
+    """Refused without a certain breach: half as far next time, with L as it was."""
+
+    class Wide(Exact):
+        uncertainty = 10.0
+        tried: ClassVar[list[float]] = []
+
+        def evaluate(self, w):
+            self.tried.append(w[0])
+            return np.array([0.5 if w[0] > 0.3 else -1.0])
+
+    guard = Guard(GuardConfig(smoothness="apriori", L=1e-3, trust_radius=10.0, probe_radius=0.1))
+    constraints = Wide(("g",), lambda w: np.full((len(w), 1), -1.0))
+    decision = guard.update(np.zeros(1), lambda: np.ones(1), constraints, np.random.default_rng(0))
+    assert constraints.tried == pytest.approx([0.0, 1.0, 0.5, 0.25])
+    assert (decision.status, guard.breaches) == ("projected", 0)
+    assert decision.w == pytest.approx([0.25])
+    assert decision.diagnostics["L/g"] == 1e-3
 
 
 def test_bad_episodes_are_foreseen():

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from scpo_bench.scpo.constraints import RolloutConfig
 
 POLICIES = 32  # safe policies whose rollouts are kept
+CLEAR = 0.4  # share of the distance to the limit that a bound has to leave to need no more rollouts
 # Parameters closer than this are the same policy: written to a network and read back they have
 # changed by rounding.
 SAME = 1e-5
@@ -87,12 +88,13 @@ class Expected:
                 "SCPO: bound betting needs the largest cost of an episode, and this task does not "
                 "tell; give largest_cost, or choose bound mixed or student"
             )
+        # The whole level for a policy that is kept, whose looks start with half as many rollouts.
+        # Of the shares, one is the deployed policy's, one each candidate's, one that of the slopes.
         doublings = 1 + max(0, int(np.ceil(np.log2(config.rollout_budget / config.rollouts))))
-        looks = 1 if config.bound == "betting" else doublings
-        # The whole level for a policy that is kept; of a candidate, one share is that of the
-        # deployed policy, one each candidate's, one that of the slopes.
-        self._whole = config.level / (len(self.names) * looks)
-        self._share = self._whole / (candidates + 2)
+        once = config.bound == "betting"
+        self._whole = config.level / (len(self.names) * (1 if once else doublings + 1))
+        share = config.level / (len(self.names) * (1 if once else doublings))
+        self._share = share / (candidates + 2)
 
     def begin_update(self, update: int) -> bool:
         return True
@@ -103,15 +105,15 @@ class Expected:
         For a policy found safe before: at most 0 unless it has to be given up.
         """
         known = self.evidence.of(w)
-        y = self._look(w, known, self._config.rollouts)
-        used = self._config.rollouts
+        # Of a policy that is known, its share of the probes is still to come.
+        used = self._config.rollouts if known is None else (self._config.rollouts + 1) // 2
+        y = self._look(w, known, used)
         while True:
             upper, mean = self._upper(y, self._share), y.mean(axis=0)
             lower = mean - bounds.student(y, self._share)
-            # Clear: certainly unsafe, or safe with the distance to the limit known to within half
-            # of itself.
+            # Clear: certainly unsafe, or safe by a good part of the distance to the limit.
             unsafe = (lower > 0).any()
-            safe = (upper <= np.minimum(0.5 * mean, 0.0)).all()
+            safe = (upper <= np.minimum(CLEAR * mean, 0.0)).all()
             if unsafe or safe or used >= self._config.rollout_budget:
                 break
             more = min(used, self._config.rollout_budget - used)
