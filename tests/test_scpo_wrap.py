@@ -194,6 +194,28 @@ def test_unsafe_start_is_refused_before_training():
     assert agent.num_timesteps == 0
 
 
+def test_recovery_makes_an_unsafe_start_safe():
+    """About half of the steps cost at first, 5 of 20 may: safe soon, and kept safe from then on."""
+    watch = Watch(lambda agent: (agent.guard.updates, agent.guard.g))
+    agent = ProjectedPPO(
+        "MlpPolicy",
+        pushing(threshold=0.0),
+        seed=1,
+        make_env=functools.partial(Push, 0.0),
+        cost_limit=5.0,
+        n_steps=40,
+        batch_size=40,
+        recovery=True,
+        **small_net(),
+    )
+    agent.learn(80 * 6, watch)
+    values = [float(g[0]) for _, g in watch.seen]
+    assert values[0] > 0
+    assert max(values[2:]) <= 0
+    assert len(agent.guard.verified) > 1
+    assert agent.guard.verified[0].g[0] <= 0  # what it returns to was found safe
+
+
 def test_user_errors_name_the_field():
     """Each mistake is refused with the field, the expectation and, where there is one, a remedy."""
     with pytest.raises(ValueError, match="margin: must be at least 0"):
