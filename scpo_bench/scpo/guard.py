@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from scpo_bench.configuration import require, require_choice
 from scpo_bench.contract import Floats
 from scpo_bench.errors import UserError
-from scpo_bench.scpo import smoothness
+from scpo_bench.scpo import recovery, smoothness
 from scpo_bench.scpo.bank import (
     Bank,
     Candidate,
@@ -42,7 +42,7 @@ from scpo_bench.scpo.bank import (
     candidate_bank,
     orthonormal_bank,
 )
-from scpo_bench.scpo.constraints import Constraints, by_name, describe_unsafe
+from scpo_bench.scpo.constraints import Constraints, by_name, describe_worst
 from scpo_bench.scpo.local_model import LocalModel, first_order, probe
 from scpo_bench.scpo.projection import Certificate, project
 
@@ -54,6 +54,8 @@ Differences = Literal["central", "forward"]
 HELD = ("converged", "coarse", "recheck")
 ARMIJO, HALVINGS = 1e-4, 20  # c1, and the shortest step 2^-20 of the projected one
 CONVERGED = 1e-6  # share of the raw step that counts as none
+DESCENDING = 256  # constraints at most that a step of the recovery phase is computed with
+PROBE_RADIUS = 1e-3  # of the recovery phase, where the paper's bank has none
 NEARLY_ACTIVE = 5e-3  # of constraint values
 MISSED_AT_ONCE = 24  # violating constraints that are added to a model at a time
 
@@ -124,6 +126,11 @@ class GuardConfig:
     retries: int = 8
     """Projections per update before it is given up and the policy stays."""
 
+    recovery: bool = False
+    """Where the start policy is unsafe: lower the largest constraint value until it is safe,
+    instead of refusing to start. Policies deployed until then violate.
+    """
+
     def __post_init__(self) -> None:
         require_choice(self, "mode", get_args(Mode))
         require_choice(self, "smoothness", get_args(smoothness.Rule))
@@ -145,12 +152,13 @@ class Decision:
     """What an update deploys.
 
     w: [d]. status: "unaltered" (the whole proposal), "projected", "held" (w as it was: no step was
-    deployed), or "recovered" (w had become unsafe; this is the last policy evaluated as safe).
+    deployed), "recovered" (w had become unsafe; this is the newest of the earlier policies that is
+    still found safe), or "recovering" (the start policy is unsafe, and so may this be).
     diagnostics: the numbers of this update.
     """
 
     w: Floats
-    status: Literal["unaltered", "projected", "held", "recovered"]
+    status: Literal["unaltered", "projected", "held", "recovered", "recovering"]
     diagnostics: dict[str, float]
 
 
@@ -191,23 +199,25 @@ class Guard:
             0  # of these, where it was also above what the step was certified to keep to
         )
         self.held = dict.fromkeys(HELD, 0)  # updates that stayed, by reason
-        self.recoveries = 0  # updates that returned to the last safe policy
+        self.recoveries = 0  # updates that returned to an earlier policy
+        self.learned_margin = 0.0  # beside the configured one; grows with recoveries
+        self.recovery_radius = recovery.FIRST_RADIUS  # of the next step from an unsafe start
+        self.verified: list[recovery.Verified] = []  # policies to return to, the newest last
         self._model: LocalModel | None = None  # which the next update may use again
         self._last_length = np.inf  # of the last step; halved for each update without one
-        self._safe: tuple[Floats, Floats] | None = None  # (w, g) of the last safe policy
 
     def start(self, w: Floats, constraints: Constraints) -> Floats:
         """Evaluate the policy that training starts from, once. Returns g [K] at the present policy.
 
-        Raises :class:`UnsafeStartError` if it violates a constraint.
+        Raises :class:`UnsafeStartError` if it violates a constraint, unless ``config.recovery``;
+        UserError if a constraint has no value (NaN).
         """
         if self.g is None:
-            constraints.begin_update(0)
-            self.g = constraints.evaluate(w)
-        if (self.g > 0).any() and self._safe is None:
+            self.g = _known(constraints.begin_update(0, w, None), constraints)
+        if (self.g > 0).any() and not self.verified and not self.config.recovery:
             raise UnsafeStartError(
-                f"SCPO: the start policy is unsafe: {describe_unsafe(constraints, self.g)}; "
-                "start from a safe policy"
+                f"SCPO: the start policy is unsafe: {describe_worst(constraints, self.g)}; "
+                "start from a safe policy, or set recovery to make it safe first"
             )
         return self.g
 
@@ -222,27 +232,83 @@ class Guard:
     ) -> Decision:
         """One update of the deployed policy w [d].
 
-        propose: returns the proposed change of w [d], the raw step; it is called only if w is safe.
-        cost_gradients: the candidates "cost". objective: without one, steps are not backtracked.
-        Raises :class:`UnsafeStartError` in the first update if w is unsafe.
+        propose: returns the proposed change of w [d], the raw step; it is not called to return from
+        an unsafe w to an earlier policy. cost_gradients: the candidates "cost". objective: without
+        one, steps are not backtracked. Raises what :meth:`start` does.
         """
         g = self.start(w, constraints)
         self.updates += 1
-        if constraints.begin_update(self.updates):
-            # The noise is new: what was accepted under the old noise is evaluated again.
-            g = constraints.evaluate(w)
-        if (g > 0).any():
-            return self._recover()
-        self._safe = w, g
-        return self._project(w, g, propose(), constraints, rng, cost_gradients, objective)
+        self.learned_margin *= recovery.DECAY
+        g = _known(constraints.begin_update(self.updates, w, g), constraints)
+        if len(constraints.changed):
+            self._forget(constraints.changed, g)
+        if (g <= 0).all():
+            self.verified = recovery.pushed(self.verified, recovery.Verified(w, g))
+            return self._project(w, g, propose(), constraints, rng, cost_gradients, objective)
+        if self.verified:
+            return self._recover(w, constraints)
+        return self._leave_unsafe_start(w, g, propose(), constraints, rng, cost_gradients)
 
-    def _recover(self) -> Decision:
-        """Back to the last safe policy: from an unsafe one nothing can be certified."""
-        assert self._safe is not None
-        w, self.g = self._safe
+    def _forget(self, changed: NDArray[np.intp], g: Floats) -> None:
+        """What was learned of constraints that others have replaced."""
+        if self.smoothness is not None:
+            self.smoothness.forget(changed)
+        if self._model is not None:
+            self._model = self._model.without(changed, g)
+
+    def _recover(self, failed: Floats, constraints: Constraints) -> Decision:
+        """Back to an earlier policy: from an unsafe one nothing can be certified."""
+        again = constraints.noisy or len(constraints.changed) > 0
+        self.verified = recovery.fall_back(
+            self.verified, failed, lambda old: constraints.evaluate(old.w) if again else old.g
+        )
         self.recoveries += 1
+        self._model = None
+        if again:
+            self.learned_margin = recovery.margin_after_return(self.learned_margin)
+        w, self.g = self.verified[-1].w, self.verified[-1].g
         diagnostics = {"recoveries": float(self.recoveries), "step_norm": 0.0}
         return Decision(w, "recovered", diagnostics)
+
+    def _leave_unsafe_start(
+        self,
+        w: Floats,
+        g: Floats,
+        proposal: Floats,
+        constraints: Constraints,
+        rng: np.random.Generator,
+        cost_gradients: Sequence[Floats],
+    ) -> Decision:
+        """One update of the recovery phase. The proposal is a direction among others."""
+        config = self.config
+        self.memory = self.memory or DirectionMemory.empty(len(constraints.names), len(w))
+        others = self.memory.candidates(w, config.candidates, cost_gradients)
+        radius = config.probe_radius or PROBE_RADIUS
+        bank = orthonormal_bank(proposal, others, max(config.directions, 8), radius, rng)
+        model = probe(constraints, w, g, constraints.nearest(g), bank, central=True)
+        worst = np.argsort(-g[model.rows], kind="stable")[:DESCENDING]
+        step = recovery.descend(
+            g,
+            model.rows[worst],
+            model.slopes[worst],
+            lambda z: _known(constraints.evaluate(w + bank.step(z)), constraints),
+            radius=min(self.recovery_radius, config.trust_radius),
+            margin=config.margin,
+            retries=config.retries,
+        )
+        change = bank.step(step.z)
+        self.g, self.recovery_radius = step.g, step.radius
+        self.memory = self.memory.with_normals(bank, _steepest(model, constraints)).with_step(
+            change
+        )
+        diagnostics = {
+            "recovering": 1.0,
+            "target_violation": step.target,
+            "step_norm": float(np.linalg.norm(change)),
+        }
+        for name, value in zip(constraints.names, by_name(constraints, step.g, np.arange(len(g)))):
+            diagnostics[f"realised/{name}"] = float(value)
+        return Decision(w + change, "recovering", diagnostics)
 
     def _project(
         self,
@@ -362,22 +428,25 @@ class Guard:
         """A step from w that the model certifies, or why there is none (a key of HELD)."""
         config = self.config
         assert self.smoothness is not None
-        # The paper's mode with a declared L corrects nothing: a breach is only recorded.
-        correct = config.mode == "verified" or config.smoothness != "apriori"
-        target = model.bank.basis.T @ (w - model.w + raw)
-        reach = float(np.linalg.norm(target))
+        # Rounding is in the evaluation that would decide, too: it counts in both modes.
+        rounding = constraints.rounding(w)
+        margin = (
+            config.margin + self.learned_margin + 2 * np.broadcast_to(rounding, len(model.rows))
+        )
         reason = "recheck"
         for _ in range(config.retries):
+            target = model.bank.basis.T @ (w - model.w + raw)
             # In verified mode noise in the slopes costs a retry, not safety; in certified mode the
             # certificate has to cover it.
-            certificate = model.certificate(self.smoothness, config.mode == "certified")
-            far = first_order(certificate, reach, config.safety_factor) <= -config.margin
-            result = project(certificate.rows(~far), target, config.margin)
+            certificate = model.certificate(self.smoothness, config.mode == "certified", rounding)
+            reach = float(np.linalg.norm(target))
+            far = first_order(certificate, reach, config.safety_factor) <= -margin
+            result = project(certificate.rows(~far), target, margin[~far])
             z, change = self._backtrack(model, w, result.z, objective)
             if result.status == "inactive" and np.allclose(change, raw, rtol=1e-12, atol=0):
                 change = raw  # to the last bit
             if not change.any():
-                converged = self._converged(certificate.rows(~far), target, model, w)
+                converged = self._converged(certificate.rows(~far), target, margin[~far], model, w)
                 reason = "converged" if converged else "coarse"
                 break
             realised = constraints.evaluate(w + change)
@@ -386,21 +455,45 @@ class Guard:
                 first_order(certificate, model.bank.length(z), config.safety_factor),
                 certificate.bound(z),
             )
-            exceeded = realised[model.rows] > bound
-            ceiling = np.maximum(model.values[model.rows], -config.margin)
-            self.exceeded += bool(exceeded.any())
-            self.breaches += bool((exceeded & (realised[model.rows] > ceiling)).any())
-            if correct and exceeded.any():
-                gained = realised[model.rows] - certificate.linear(z)
-                expected = np.maximum(certificate.uncertainty(z), 1e-300)
-                self.smoothness.raised(model.rows, np.where(exceeded, gained / expected, 0.0))
+            exceeded = self._judge(model, certificate, z, bound, margin, realised, constraints)
             allowed = np.maximum(model.values, -config.recheck * config.margin)
             if config.mode == "certified" or (realised <= allowed).all():
-                near = ~far & (bound > -config.margin - NEARLY_ACTIVE)
+                near = ~far & (bound > -margin - NEARLY_ACTIVE)
                 uncertainty = certificate.uncertainty(z)[near].max(initial=0.0)
                 return _Step(change, realised, bound, certificate.smoothness, float(uncertainty))
-            model = self._with_missed(model, realised - allowed, constraints)
+            wider = self._with_missed(model, realised - allowed, constraints)
+            if wider is model and not exceeded:
+                # Unsafe by noise, or by less than the certificate knows: only a shorter step helps.
+                raw = raw * min(1.0, 0.5 * float(np.linalg.norm(change) / np.linalg.norm(raw)))
+            model = wider
         return reason
+
+    def _judge(
+        self,
+        model: LocalModel,
+        certificate: Certificate,
+        z: Floats,
+        bound: Floats,
+        margin: Floats,
+        realised: Floats,
+        constraints: Constraints,
+    ) -> bool:
+        """Whether a certified step to z ended above its bound somewhere; counts, and raises L."""
+        assert self.smoothness is not None
+        # Of noisy values only what is certain counts; L must not learn from luck.
+        certain = (realised - constraints.uncertainty)[model.rows]
+        exceeded = certain > bound
+        ceiling = np.maximum(model.values[model.rows], -margin)
+        self.exceeded += bool(exceeded.any())
+        self.breaches += bool((exceeded & (certain > ceiling)).any())
+        # The paper's mode with a declared L corrects nothing: a breach is only recorded.
+        if exceeded.any() and (
+            self.config.mode == "verified" or self.config.smoothness != "apriori"
+        ):
+            gained = certain - certificate.linear(z)
+            expected = np.maximum(certificate.uncertainty(z), 1e-300)
+            self.smoothness.raised(model.rows, np.where(exceeded, gained / expected, 0.0))
+        return bool(exceeded.any())
 
     def _with_missed(
         self, model: LocalModel, excess: Floats, constraints: Constraints
@@ -440,8 +533,9 @@ class Guard:
             t *= 0.5
         return before, np.zeros_like(change)
 
+    @staticmethod
     def _converged(
-        self, certificate: Certificate, target: Floats, model: LocalModel, w: Floats
+        certificate: Certificate, target: Floats, margin: Floats, model: LocalModel, w: Floats
     ) -> bool:
         """Whether the bank offers no step even if the constraints were linear."""
         certain = replace(
@@ -449,7 +543,7 @@ class Guard:
             slope_errors=np.zeros_like(certificate.slope_errors),
             smoothness=np.zeros_like(certificate.smoothness),
         )
-        z = project(certain, target, self.config.margin).z
+        z = project(certain, target, margin).z
         moved = z - model.bank.coordinates(w - model.w)
         return bool(model.bank.length(moved) <= CONVERGED * np.linalg.norm(target))
 
@@ -462,6 +556,7 @@ class Guard:
             "held": float(sum(self.held.values())),
             **{f"held/{reason}": float(count) for reason, count in self.held.items()},
             "recoveries": float(self.recoveries),
+            **({"learned_margin": self.learned_margin} if self.recoveries else {}),
         }
         if model is not None and self.config.safe_probes:
             numbers["probe_radius"] = float(model.bank.lengths[0])
@@ -475,6 +570,14 @@ class Guard:
                 if np.isfinite(value):
                     numbers[f"{kind}/{name}"] = float(value)
         return numbers
+
+
+def _known(g: Floats, constraints: Constraints) -> Floats:
+    """g [K]; UserError if it holds a NaN, which would pass for safe and be unsafe at once."""
+    if np.isnan(g).any():
+        name = constraints.names[constraints.group[int(np.argmax(np.isnan(g)))]]
+        raise UserError(f"SCPO: constraint '{name}' has value nan; expected a number")
+    return g
 
 
 def _steepest(model: LocalModel, constraints: Constraints) -> Floats:

@@ -31,13 +31,37 @@ class LocalModel:
     noise: Floats
     curvatures: Floats | None
 
-    def certificate(self, smoothness: Smoothness, with_noise: bool) -> Certificate:
-        """gbar of the probed constraints. with_noise: also for the slopes' noise."""
+    def certificate(
+        self, smoothness: Smoothness, with_noise: bool, rounding: Floats | float = 0.0
+    ) -> Certificate:
+        """gbar of the probed constraints.
+
+        with_noise: also for the slopes' noise. rounding: how far off the values may be [K].
+        """
         bank = self.bank
         L, errors = smoothness.constants(self.rows, self.curvatures, bank.lengths)
         if with_noise:
             errors = errors + self.noise
+        if np.any(rounding):
+            errors = errors + np.outer(2 * np.broadcast_to(rounding, len(L)), 1 / bank.lengths)
         return Certificate(self.values[self.rows], self.slopes, errors, L, bank.factor)
+
+    def without(self, changed: NDArray[np.intp], values: Floats) -> LocalModel:
+        """This model without constraints that others have replaced, whose values are now known.
+
+        values: [K], at the deployed policy.
+        """
+        kept = ~np.isin(self.rows, changed)
+        known = self.values.copy()
+        known[changed] = values[changed]
+        return replace(
+            self,
+            values=known,
+            rows=self.rows[kept],
+            slopes=self.slopes[kept],
+            noise=self.noise[kept],
+            curvatures=None if self.curvatures is None else self.curvatures[kept],
+        )
 
     def extended(self, other: LocalModel) -> LocalModel:
         """This model with the constraints that were probed for another one around the same w."""
