@@ -21,10 +21,12 @@ from scpo_bench.configuration import require
 from scpo_bench.contract import Floats, probe_meter_of, task_of
 from scpo_bench.errors import UserError
 from scpo_bench.scpo.bank import Candidate
+from scpo_bench.scpo.certified_step import Objective
 from scpo_bench.scpo.constraints import Constraints, RolloutConfig
 from scpo_bench.scpo.evaluation import constraints_from
 from scpo_bench.scpo.gradient_descent import GradientDescent, GradientDescentConfig
-from scpo_bench.scpo.guard import Guard, GuardConfig, Objective
+from scpo_bench.scpo.guard import Guard
+from scpo_bench.scpo.guard_config import GuardConfig
 from scpo_bench.scpo.pointwise import Pointwise
 from scpo_bench.scpo.rollouts import BatchedRollouts, refuse_wrappers
 from scpo_bench.scpo.smoothness import Rule
@@ -66,7 +68,7 @@ class PointwiseConfig(SCPOConfig):
     candidates: tuple[Candidate, ...] = ()
     probe_radius: float = 0.03
     follow_steps: bool = True
-    smallest_probe: float = 0.03
+    smallest_probe: float = 0.2
     reuse: float = 0.005
     margin: float = 0.02
 

@@ -100,8 +100,8 @@ class RolloutConfig:
     there. 0: all.
     """
     fresh_starts: int = 0
-    """Pointwise: start states that are drawn anew for every update. A fixed set has gaps, and
-    training finds them.
+    """Pointwise: start states that are drawn anew for every update, most of them between those
+    whose trajectories part. A fixed set has gaps, and training finds them.
     """
     kept_starts: int = 0
     """Pointwise: start states with the largest values among those drawn so far, which are kept."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.spatial import cKDTree
 
 from scpo_bench.contract import Floats
 from scpo_bench.scpo.constraints import NONE
 from scpo_bench.scpo.rollouts import BatchedRollouts
+
+LEVELS, NEIGHBOURS = 4, 4  # of the search between start states
 
 
 class Pointwise:
@@ -18,8 +21,8 @@ class Pointwise:
 
     active: start states per name that are probed, those with the largest values; 0: all.
     kept, fresh: numbers of start states beside those of ``rollouts``. The fresh ones are drawn in
-    every update, by a generator that ``seed`` and the update's number start; each of them with a
-    larger value than one of the kept takes its place.
+    every update, by a generator that ``seed`` and the update's number start, and where neighbouring
+    starts lead far apart; each of them with a larger value than one of the kept takes its place.
     """
 
     noisy = False
@@ -30,7 +33,7 @@ class Pointwise:
     ) -> None:
         self._rollouts, self._active, self._seed = rollouts, active, seed
         self._kept, self._fresh = kept, fresh
-        rollouts.add_starts(kept + fresh, self._rng(0))
+        rollouts.add_starts(kept + fresh, np.random.default_rng(np.random.SeedSequence([seed, 0])))
         self.names = rollouts.names
         self.changed = NONE
         self._per_start = len(rollouts.bound_names)
@@ -45,31 +48,70 @@ class Pointwise:
     def start_states(self, states: tuple[Floats, ...]) -> None:
         self._rollouts.start_states = states
 
-    def _rng(self, update: int) -> np.random.Generator:
-        return np.random.default_rng(np.random.SeedSequence([self._seed, update]))
-
     def begin_update(self, update: int, w: Floats, g: Floats | None) -> Floats:
         if g is None:
             return self.evaluate(w)
         if update == 0 or not self._fresh:
             return g
         starts, per_start = self._rollouts.starts, self._per_start
+        values = g.reshape(starts, per_start).copy()
         fresh = np.arange(starts - self._fresh, starts)
+        changed = [self._keep_worst(values, fresh), fresh]
+        states, values[fresh] = self._draw(w, values, update)
+        self._rollouts.set_starts(fresh, states)
+        self.changed = self._rows(np.sort(np.concatenate(changed)))
+        return values.reshape(-1)
+
+    def _keep_worst(self, values: Floats, fresh: NDArray[np.intp]) -> NDArray[np.intp]:
+        """Let fresh starts take the places of kept ones with smaller values; those places.
+
+        values: [starts, P], which change accordingly.
+        """
         kept = np.arange(fresh[0] - self._kept, fresh[0])
-        by_start = g.reshape(starts, per_start).copy()
-        worst = by_start.max(axis=1)
-        changed = [fresh]
-        for new in fresh[np.argsort(-worst[fresh])]:
-            old = kept[np.argmin(worst[kept])] if self._kept else new
+        worst, places = values.max(axis=1), []
+        for new in fresh[np.argsort(-worst[fresh], kind="stable")][: self._kept]:
+            old = kept[np.argmin(worst[kept])]
             if worst[new] <= worst[old]:
                 break
-            self._rollouts.copy_start(new, old)
-            by_start[old], worst[old] = by_start[new], worst[new]
-            changed.append(np.array([old]))
-        self._rollouts.draw_starts(fresh, self._rng(update))
-        by_start[fresh] = self._rollouts.bounds(w[None], fresh).reshape(-1, per_start)
-        self.changed = self._rows(np.sort(np.concatenate(changed)))
-        return by_start.reshape(-1)
+            states = [component[[new]] for component in self._rollouts.start_states]
+            self._rollouts.set_starts(np.array([old]), states)
+            values[old], worst[old] = values[new], worst[new]
+            places.append(old)
+        return np.array(places, dtype=np.intp)
+
+    def _draw(self, w: Floats, values: Floats, update: int) -> tuple[list[Floats], Floats]:
+        """(fresh start states, one array per component; their values [fresh, P]).
+
+        The first quarter is sampled. The others halve, LEVELS times, the distance between those
+        neighbouring starts whose values differ most: where trajectories part, a violation may hide
+        between two starts that are safe.
+        """
+        rng = np.random.default_rng(np.random.SeedSequence([self._seed, update]))
+        pairs = 3 * self._fresh // (4 * LEVELS)
+        sampled = self._rollouts.sample_states(self._fresh - pairs * LEVELS, rng)
+        states = [np.stack(sampled, axis=-1)]
+        drawn = [self._values(w, states[0])]
+        known = np.stack(self._rollouts.start_states, axis=-1)
+        near = np.asarray(cKDTree(known).query(known, NEIGHBOURS + 1)[1])[:, 1:]
+        first, second = np.repeat(np.arange(len(known)), NEIGHBOURS), near.reshape(-1)
+        first, second = np.unique(np.sort([first, second], axis=0), axis=1)
+        apart = np.abs(values[first] - values[second]).max(axis=1)
+        widest = np.argsort(-apart, kind="stable")[:pairs]
+        a, b = known[first[widest]], known[second[widest]]
+        values_a, values_b = values[first[widest]], values[second[widest]]
+        for _ in range(LEVELS if len(widest) else 0):
+            middle = (a + b) / 2
+            at = self._values(w, middle)
+            states.append(middle)
+            drawn.append(at)
+            left = np.abs(values_a - at).max(axis=1) >= np.abs(at - values_b).max(axis=1)
+            a, values_a = np.where(left[:, None], a, middle), np.where(left[:, None], values_a, at)
+            b, values_b = np.where(left[:, None], middle, b), np.where(left[:, None], at, values_b)
+        return list(np.concatenate(states).T), np.concatenate(drawn)
+
+    def _values(self, w: Floats, states: Floats) -> Floats:
+        """[n, P] from start states [n, ...]."""
+        return self._rollouts.bounds(w[None], tuple(states.T)).reshape(len(states), -1)
 
     def evaluate(self, w: Floats) -> Floats:
         return self._rollouts.bounds(w[None])[0]

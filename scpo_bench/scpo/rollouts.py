@@ -107,21 +107,21 @@ class BatchedRollouts:
         self._starts = tuple(torch.as_tensor(component) for component in states)
 
     def add_starts(self, n: int, rng: np.random.Generator) -> None:
-        """n more start states, sampled as the task's own episodes begin."""
-        more = self._task.sample_starts(n, rng)
+        """n more start states, sampled."""
+        more = self.sample_states(n, rng)
         self._starts = tuple(
             torch.cat([s, torch.as_tensor(m, dtype=s.dtype)]) for s, m in zip(self._starts, more)
         )
         self.starts += n
 
-    def draw_starts(self, which: NDArray[np.intp], rng: np.random.Generator) -> None:
-        """Replace start states by new samples."""
-        for component, new in zip(self._starts, self._task.sample_starts(len(which), rng)):
+    def set_starts(self, which: NDArray[np.intp], states: Sequence[Floats]) -> None:
+        """Replace start states. states: one array [len(which)] per component."""
+        for component, new in zip(self._starts, states):
             component[which] = torch.as_tensor(new, dtype=component.dtype)
 
-    def copy_start(self, source: int, target: int) -> None:
-        for component in self._starts:
-            component[target] = component[source]
+    def sample_states(self, n: int, rng: np.random.Generator) -> Components:
+        """n start states as the task's own episodes begin."""
+        return self._task.sample_starts(n, rng)
 
     @functools.cached_property
     def bound_names(self) -> NDArray[np.intp]:
@@ -131,12 +131,16 @@ class BatchedRollouts:
         bounds = self._bounds_of(lambda x: x.new_zeros(*x.shape[:-1], width), one)
         return np.array([name for name, _ in bounds])
 
-    def bounds(self, w: Floats, starts: NDArray[np.intp] | None = None) -> Floats:
+    def bounds(self, w: Floats, starts: NDArray[np.intp] | Components | None = None) -> Floats:
         """Every signed bound's value for policies w [M, d]: [M, n P], start after start.
 
-        starts: [n], indices of the start states; by default all.
+        starts: [n], indices of the start states, or the states themselves; by default all.
         """
-        chosen = self._starts if starts is None else tuple(s[starts] for s in self._starts)
+        chosen = self._starts
+        if isinstance(starts, tuple):
+            chosen = tuple(torch.as_tensor(s, dtype=torch.float64) for s in starts)
+        elif starts is not None:
+            chosen = tuple(s[starts] for s in self._starts)
         n, parts = len(chosen[0]), []
         with torch.no_grad():
             for part in torch.as_tensor(w).split(self._at_once(n)):

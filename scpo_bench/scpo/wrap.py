@@ -31,7 +31,8 @@ from scpo_bench.scpo.constraints import Constraints, Exact, RolloutConfig
 from scpo_bench.scpo.cost_gradient import cost_gradient
 from scpo_bench.scpo.estimation import Evidence
 from scpo_bench.scpo.evaluation import constraints_from
-from scpo_bench.scpo.guard import Decision, Guard, GuardConfig
+from scpo_bench.scpo.guard import Decision, Guard
+from scpo_bench.scpo.guard_config import GuardConfig
 from scpo_bench.scpo.rollouts import BatchedRollouts, EpisodeRollouts, refuse_wrappers
 from scpo_bench.scpo.spaces import PolicyWeights, Weights
 
