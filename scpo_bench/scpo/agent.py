@@ -115,7 +115,7 @@ class SCPO(GradientDescent):
                 config.constraint_noise,
                 self.seed or 0,
             )
-            self._constraints = constraints_from(rollouts, config, config.retries, self.seed or 0)
+            self._constraints = constraints_from(rollouts, config, config, self.seed or 0)
             if isinstance(self._constraints, Pointwise) and self._start_states is not None:
                 self._constraints.start_states = self._start_states
         return self._constraints

@@ -5,6 +5,7 @@ from __future__ import annotations
 from scpo_bench.errors import UserError
 from scpo_bench.scpo.constraints import Constraints, Exact, RolloutConfig
 from scpo_bench.scpo.estimation import Evidence, Expected
+from scpo_bench.scpo.guard_config import GuardConfig
 from scpo_bench.scpo.pointwise import Pointwise
 from scpo_bench.scpo.rollouts import BatchedRollouts, Rollouts
 
@@ -12,11 +13,11 @@ from scpo_bench.scpo.rollouts import BatchedRollouts, Rollouts
 def constraints_from(
     rollouts: Rollouts,
     config: RolloutConfig,
-    retries: int,
+    guard: GuardConfig,
     seed: int,
     evidence: Evidence | None = None,
 ) -> Constraints:
-    """The constraints that ``rollouts`` evaluate. retries: candidates per update, at most.
+    """The constraints that ``rollouts`` evaluate.
 
     seed: of pointwise constraints' fresh start states. evidence: what earlier rollouts of this
     training run have shown, where they are noisy. Raises UserError if pointwise constraints are
@@ -29,8 +30,13 @@ def constraints_from(
                 "functions, without constraint noise; set pointwise to False"
             )
         return Pointwise(
-            rollouts, config.active_starts, config.kept_starts, config.fresh_starts, seed
+            rollouts,
+            active=config.active_starts,
+            kept=config.kept_starts,
+            fresh=config.fresh_starts,
+            alarming=-guard.recheck * guard.margin,
+            seed=seed,
         )
     if rollouts.exact:
         return Exact(rollouts.names, lambda w: rollouts(w, (0,))[:, 0])
-    return Expected(rollouts, config, retries, Evidence() if evidence is None else evidence)
+    return Expected(rollouts, config, guard.retries, Evidence() if evidence is None else evidence)

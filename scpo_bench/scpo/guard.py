@@ -87,6 +87,8 @@ class Guard:
         self.recovery_radius = recovery.FIRST_RADIUS  # of the next step from an unsafe start
         self.verified: list[recovery.Verified] = []  # policies to return to, the newest last
         self._model: LocalModel | None = None  # which the next update may use again
+        self._idle = 0  # updates held since the last step
+        self._stayed_for: Held = "converged"  # why the last one was
         self._age = 0  # updates that it has served
         self._last_length = np.inf  # of the last step; halved for each update without one
         self._trust = config.trust_radius
@@ -213,8 +215,8 @@ class Guard:
         length = float(np.linalg.norm(proposal))
         raw = proposal * min(1.0, self._trust / max(length, 1e-300))
         search = Search(config, constraints, self.smoothness, self.learned_margin, objective)
-        taken: Step | Held = "converged"
-        if length > 0:
+        taken: Step | Held = self._stayed_for if length > 0 else "converged"
+        if length > 0 and not self._waits():
             taken = self._search(search, w, g, raw, rng, cost_gradients)
         self.exceeded += search.exceeded
         self.breaches += search.breaches
@@ -232,6 +234,14 @@ class Guard:
             return Decision(w, "held", diagnostics)
         whole = np.array_equal(taken.change, proposal)
         return Decision(w + taken.change, "unaltered" if whole else "projected", diagnostics)
+
+    def _waits(self) -> bool:
+        """Whether to hold this update like those before it, without trying again.
+
+        Where probes are reused to save steps, the n-th update after one that was held tries only if
+        n is a power of two: the policy is the same, and the proposal nearly so.
+        """
+        return self.config.reuse > 0 and self._idle & (self._idle - 1) != 0
 
     def _search(
         self,
@@ -260,7 +270,7 @@ class Guard:
         assert model is not None
         assert self.memory is not None
         self.g, self.memory = step.realised, self.memory.with_step(step.change)
-        self._last_length = step.reach
+        self._last_length, self._idle = step.reach, 0
         if config.follow_steps:
             self._trust = min(config.trust_radius, max(self._trust, GROW_TRUST * step.reach))
         self._age += 1
@@ -272,6 +282,8 @@ class Guard:
         config = self.config
         self.g = g
         self.held[reason] += 1
+        self._stayed_for = reason
+        self._idle += 1
         self._last_length /= 2
         if config.follow_steps and reason != "converged":
             self._trust = max(SHRINK_TRUST * self._trust, SMALLEST_TRUST * config.trust_radius)

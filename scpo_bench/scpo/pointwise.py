@@ -19,18 +19,27 @@ class Pointwise:
     Bounds are signed: p <= 1 and -p <= 1 are two constraints. Nothing is aggregated, so each is as
     smooth as the dynamics, and one rollout gives the values of all constraints of its start.
 
-    active: start states per name that are probed, those with the largest values; 0: all.
+    active: start states per name that are probed, those with the largest values; 0: all but the
+    fresh ones.
     kept, fresh: numbers of start states beside those of ``rollouts``. The fresh ones are drawn in
     every update, by a generator that ``seed`` and the update's number start, and where neighbouring
-    starts lead far apart; each of them with a larger value than one of the kept takes its place.
+    starts lead far apart. They are evaluated only; each with a value above ``alarming``, and above
+    one of the kept, takes its place.
     """
 
     noisy = False
     uncertainty: Floats | float = 0.0
 
     def __init__(
-        self, rollouts: BatchedRollouts, active: int, kept: int, fresh: int, seed: int
+        self,
+        rollouts: BatchedRollouts,
+        active: int,
+        kept: int,
+        fresh: int,
+        alarming: float,
+        seed: int,
     ) -> None:
+        self._alarming = alarming
         self._rollouts, self._active, self._seed = rollouts, active, seed
         self._kept, self._fresh = kept, fresh
         rollouts.add_starts(kept + fresh, np.random.default_rng(np.random.SeedSequence([seed, 0])))
@@ -71,7 +80,7 @@ class Pointwise:
         worst, places = values.max(axis=1), []
         for new in fresh[np.argsort(-worst[fresh], kind="stable")][: self._kept]:
             old = kept[np.argmin(worst[kept])]
-            if worst[new] <= worst[old]:
+            if worst[new] <= max(worst[old], self._alarming):
                 break
             states = [component[[new]] for component in self._rollouts.start_states]
             self._rollouts.set_starts(np.array([old]), states)
@@ -117,9 +126,9 @@ class Pointwise:
         return self._rollouts.bounds(w[None])[0]
 
     def nearest(self, g: Floats) -> NDArray[np.intp]:
-        if not 0 < self._active < self._rollouts.starts:
-            return np.arange(len(g))
-        by_start = g.reshape(-1, self._per_start)
+        by_start = g.reshape(-1, self._per_start)[: self._rollouts.starts - self._fresh]
+        if not 0 < self._active < len(by_start):
+            return self._rows(np.arange(len(by_start)))
         chosen: set[int] = set()
         for name in range(len(self.names)):
             worst = by_start[:, self._rollouts.bound_names == name].max(axis=1)

@@ -257,7 +257,7 @@ class Projected(BaseAlgorithm):
                     config.largest_cost,
                 )
             self._constraints = constraints_from(
-                self._rollouts, config, config.retries, self.seed or 0, self._evidence
+                self._rollouts, config, config, self.seed or 0, self._evidence
             )
         return self._constraints
 
