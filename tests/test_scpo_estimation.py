@@ -104,6 +104,19 @@ def test_paired_differences_cancel_common_noise():
     assert half == pytest.approx(0.0, abs=1e-12)
 
 
+def test_noise_is_no_slope():
+    """Policies that differ by noise of their own only: no slope is seen, most of the time.
+
+    The half width covers the difference of the means as measured.
+    """
+    constraint = noisy(-1.0, 0.0, probe_rollouts=4)
+    rng = np.random.default_rng(0)
+    constraint._rollouts = lambda w, used: rng.normal(size=(len(w), len(used), 1)) - 1.0
+    values, half = constraint.probe(np.zeros(1), np.array([-1.0]), np.zeros((400, 1)))
+    assert np.mean(values == -1.0) > 0.5
+    assert np.mean(np.abs(values + 1.0) <= half) == 1.0
+
+
 def test_no_noise_is_drawn_twice():
     """A candidate chosen by its probes' luck must not be judged by the same luck."""
     constraint = noisy(-0.05, 0.1, rollout_budget=32, probe_rollouts=4)

@@ -66,7 +66,8 @@ class Expected:
     A policy's first look takes ``config.rollouts`` rollouts and doubles them until the decision is
     clear, up to ``config.rollout_budget``. Every look and every set of probes has noise of its own,
     never used before; within a set of probes equal streams mean equal noise (common random
-    numbers), so slopes are paired differences and the noise that both policies share cancels.
+    numbers), so slopes are paired differences and the noise that both policies share cancels; what
+    may be noise is shrunk towards 0.
     Once found safe, a policy is looked at again in every update that starts from it, and all its
     rollouts count. Then it alone is at stake, and it is given up when its mean is not found below
     the limit at the whole ``level``; candidates share the level (Bonferroni: candidates,
@@ -132,8 +133,11 @@ class Expected:
         known = self.evidence.of(w)
         if known is not None:  # w was chosen before this noise was drawn
             self.evidence.keep(w, np.concatenate([known, y[0]]))
+        # What may be noise must not look like a slope, nor its differences like curvature.
         difference = y[1:] - y[0]
-        return g + difference.mean(axis=1), bounds.student(difference, self._share / len(probes))
+        believed = bounds.shrunk(difference)
+        half = bounds.student(difference, self._share / len(probes))
+        return g + believed, half + np.abs(difference.mean(axis=1) - believed)
 
     def rounding(self, w: Floats) -> Floats:
         return np.zeros(len(self.names))
