@@ -244,9 +244,24 @@ def test_rare_costs_are_not_overlooked(bound, missed):
             0.0, 1.0, candidates=2, seed=seed, span=(-1.0, 39.0), draw=costs(1 / 8, 240.0),
             bound=bound, rollout_budget=32,
         )  # fmt: skip
-        constraint.evidence.costly = [9.6]
+        constraint.evidence.costly = [9.6] * estimation.KNOWN
         accepted += bool(constraint.evaluate(np.zeros(1))[0] <= 0)
     assert (accepted / 400 <= missed) == (bound == "mixed")
+
+
+def test_what_costly_episodes_cost_is_learned():
+    """Eight zeros: worse where the costly episodes of earlier policies cost 60 than where 10."""
+    values = []
+    for known in ([], [0.4] * 20, [2.4] * 20, [2.4] * 3):
+        constraint = noisy(
+            0.0, 1.0, span=(-1.0, 39.0), draw=costs(0.0, 0.0), rollout_budget=8, bound="mixed"
+        )
+        constraint.evidence.costly = known
+        values.append(constraint.evaluate(np.zeros(1))[0])
+    unknown, mild, severe, few = values
+    share = 1 - (0.05 / 10) ** (1 / 8)
+    assert values == pytest.approx([share - 1, 0.4 * share - 1, 2.4 * share - 1, share - 1])
+    assert mild < unknown == few < severe
 
 
 def test_betting_needs_no_assumption_but_the_range():

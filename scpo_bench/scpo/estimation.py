@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from scpo_bench.scpo.constraints import RolloutConfig
 
 POLICIES = 32  # safe policies whose rollouts are kept
+KNOWN = 16  # costly rollouts from which on their mean is believed
 CLEAR = 0.4  # share of the distance to the limit that a bound has to leave to need no more rollouts
 # Parameters closer than this are the same policy: written to a network and read back they have
 # changed by rounding.
@@ -175,5 +176,6 @@ class Expected:
         if rule == "student" or self._span is None:
             return y.mean(axis=0) + bounds.student(y, tail)
         # Where little is known, a costly episode is taken to cost what the limit allows.
-        severity = max(-low, float(np.mean(self.evidence.costly or [0.0])))
+        costly = self.evidence.costly
+        severity = float(np.mean(costly)) if len(costly) >= KNOWN else -low
         return low + np.array([bounds.mixed(c - low, tail, severity) for c in y.T])

@@ -147,7 +147,7 @@ class ProjectedConfig(RolloutConfig, GuardConfig):
     smallest_probe: float = 0.3
     trust_radius: float = 1e3
     """In effect none: the algorithm chooses its own step size."""
-    margin: float = 0.1
+    margin: float = 0.2
     retries: int = 4
     probe_rollouts: int = 4
     rollout_budget: int = 32
