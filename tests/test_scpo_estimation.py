@@ -222,6 +222,16 @@ def test_a_candidate_refused_by_chance_is_retried_closer_and_teaches_no_curvatur
     assert decision.diagnostics["L/g"] == 1e-3
 
 
+def test_the_reserve_is_asked_of_candidates_only():
+    """A candidate has to keep it; once deployed, a policy is not given up for using it."""
+    plain, careful = (noisy(-0.2, 0.1, rollout_budget=8, reserve=r) for r in (0.0, 0.3))
+    w = np.zeros(1)
+    assert careful.evaluate(w) == pytest.approx(plain.evaluate(w) + 0.3)
+    assert plain.evaluate(w)[0] <= 0 < careful.evaluate(w)[0]
+    careful.evidence.keep(w, plain.evidence.of(w))
+    assert careful.evaluate(w)[0] <= 0
+
+
 def test_bad_episodes_are_foreseen():
     """With ``predicted_episodes`` the spread of a few further episodes counts, too."""
     plain, wary = (

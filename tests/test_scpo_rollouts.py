@@ -229,6 +229,7 @@ def test_one_violated_constraint_makes_a_probe_a_violation():
         ("probe_rollouts", 2, 1),
         ("rollout_budget", 8, 7),
         ("predicted_episodes", 0, -1),
+        ("reserve", 0.0, -1e-9),
         ("largest_cost", 0.0, -1.0),
         ("cost_limit", 0.0, -1.0),
         ("L", 1e-9, 0.0),

@@ -104,7 +104,8 @@ class Expected:
     def evaluate(self, w: Floats) -> Floats:
         """An upper confidence bound on g(w) [k].
 
-        For a policy found safe before: at most 0 unless it has to be given up.
+        For a policy found safe before: at most 0 unless it has to be given up. For any other, with
+        ``config.reserve`` added.
         """
         known = self.evidence.of(w)
         # Of a policy that is known, its share of the probes is still to come.
@@ -120,7 +121,9 @@ class Expected:
                 break
             more = min(used, self._config.rollout_budget - used)
             y, used = self._look(w, y, more), used + more
-        if known is not None:
+        if known is None:
+            upper = upper + self._config.reserve
+        else:
             kept = self._mean_bound(y, self._whole)
             upper = np.where(kept <= 0, np.minimum(upper, 0.0), np.maximum(upper, kept))
         if (upper <= 0).all():
