@@ -87,3 +87,5 @@ def test_shrinkage_removes_outliers_and_keeps_what_is_certain():
     mixed = np.array([1.0, 3.0, 1.0, 3.0])[:, None]  # mean 2, squared standard error 1/3
     assert bounds.shrunk(mixed) == pytest.approx([2 * (1 - 1 / 12)])
     assert bounds.shrunk(-mixed) == pytest.approx(-bounds.shrunk(mixed))
+    noise = np.array([-1.0, 1.0, 1.0, -0.9])[:, None]
+    assert bounds.shrunk(noise) == pytest.approx([0.0])

@@ -110,11 +110,14 @@ def test_noise_is_no_slope():
     The half width covers the difference of the means as measured.
     """
     constraint = noisy(-1.0, 0.0, probe_rollouts=4)
-    rng = np.random.default_rng(0)
-    constraint._rollouts = lambda w, used: rng.normal(size=(len(w), len(used), 1)) - 1.0
+    y = np.random.default_rng(0).normal(size=(401, 4, 1)) - 1.0
+    constraint._rollouts = lambda w, used: y
     values, half = constraint.probe(np.zeros(1), np.array([-1.0]), np.zeros((400, 1)))
     assert np.mean(values == -1.0) > 0.5
-    assert np.mean(np.abs(values + 1.0) <= half) == 1.0
+    measured = (y[1:] - y[0]).mean(axis=1)
+    raw = bounds.student(y[1:] - y[0], 0.05 / 4 / 10 / 400)
+    assert (values - half <= measured - 1.0 - raw + 1e-12).all()
+    assert (values + half >= measured - 1.0 + raw - 1e-12).all()
 
 
 def test_no_noise_is_drawn_twice():
