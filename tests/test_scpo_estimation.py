@@ -257,7 +257,7 @@ def test_rare_costs_are_not_overlooked(bound, missed):
             0.0, 1.0, candidates=2, seed=seed, span=(-1.0, 39.0), draw=costs(1 / 8, 240.0),
             bound=bound, rollout_budget=32,
         )  # fmt: skip
-        constraint.evidence.costly = [9.6] * estimation.KNOWN
+        constraint.evidence.keep(np.ones(1), np.full((estimation.KNOWN, 1), 8.6))
         accepted += bool(constraint.evaluate(np.zeros(1))[0] <= 0)
     assert (accepted / 400 <= missed) == (bound == "mixed")
 
@@ -265,11 +265,11 @@ def test_rare_costs_are_not_overlooked(bound, missed):
 def test_what_costly_episodes_cost_is_learned():
     """Eight zeros: worse where the costly episodes of earlier policies cost 60 than where 10."""
     values = []
-    for known in ([], [0.4] * 20, [2.4] * 20, [2.4] * 3):
+    for known in ([0.0], [0.4] * 20 + [0.0], [2.4] * 20, [2.4] * 3):
         constraint = noisy(
             0.0, 1.0, span=(-1.0, 39.0), draw=costs(0.0, 0.0), rollout_budget=8, bound="mixed"
         )
-        constraint.evidence.costly = known
+        constraint.evidence.keep(np.ones(1), np.array(known)[:, None] - 1.0)
         values.append(constraint.evaluate(np.zeros(1))[0])
     unknown, mild, severe, few = values
     share = 1 - (0.05 / 10) ** (1 / 8)
@@ -293,7 +293,7 @@ def test_betting_needs_no_assumption_but_the_range():
 
 
 def test_evidence_is_bounded(monkeypatch):
-    """Long runs: the newest policies, rollouts and costs are kept, and no more."""
+    """Long runs: the newest policies and rollouts are kept, and no more."""
     monkeypatch.setattr(estimation, "POLICIES", 3)
     monkeypatch.setattr(estimation, "EPISODES", 10)
     evidence = Evidence()
@@ -301,10 +301,6 @@ def test_evidence_is_bounded(monkeypatch):
         evidence.keep(np.full(2, float(i)), np.full((12, 1), float(i)))
     assert [w[0] for w, _ in evidence.samples] == [2, 3, 4]
     assert {len(y) for _, y in evidence.samples} == {10}
-    constraint = noisy(0.0, 1.0, span=(-1.0, 39.0), draw=costs(1.0, 50.0), rollout_budget=8)
-    monkeypatch.setattr(estimation, "COSTLY", 5)
-    constraint.evaluate(np.zeros(1))
-    assert constraint.evidence.costly == [2.0] * 5
 
 
 def test_the_range_of_an_episodes_cost():

@@ -233,6 +233,7 @@ def test_one_violated_constraint_makes_a_probe_a_violation():
         ("largest_cost", 0.0, -1.0),
         ("cost_limit", 0.0, -1.0),
         ("L", 1e-9, 0.0),
+        ("largest_L", 1e-9, 0.0),
         ("probe_radius", 1e-9, 0.0),
         ("trust_radius", 1e-9, 0.0),
         ("smallest_probe", 1e-9, 0.0),

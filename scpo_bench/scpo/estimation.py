@@ -22,7 +22,6 @@ CLEAR = 0.4  # share of the distance to the limit that a bound has to leave to n
 # changed by rounding.
 SAME = 1e-5
 EPISODES = 512  # newest rollouts that are kept of each
-COSTLY = 256  # newest costly rollouts, of any policy, that say what a costly one costs
 
 
 @dataclass
@@ -30,13 +29,11 @@ class Evidence:
     """Everything that rollouts have shown so far. Belongs to a training run and is saved with it.
 
     samples: (w [d], y [n, k]) of each policy found safe, the newest last.
-    costly: costs of costly rollouts of evaluated policies, the newest last.
     streams: of noise used so far. None is used twice, so what was chosen under some noise is never
     judged by it.
     """
 
     samples: list[tuple[Floats, Floats]] = field(default_factory=list)
-    costly: list[float] = field(default_factory=list)
     streams: int = 0
 
     def next_streams(self, n: int) -> range:
@@ -47,6 +44,15 @@ class Evidence:
         """All y [n, k] of a policy once found safe."""
         same = (y for known, y in reversed(self.samples) if _same(known, w))
         return next(same, None)
+
+    def severity(self, low: float) -> float:
+        """What a costly rollout of a safe policy costs: the mean of y - low where that is > 0.
+
+        Where little is known, as much as the limit allows.
+        """
+        costs = np.concatenate([np.zeros(0), *(y.ravel() - low for _, y in self.samples)])
+        costly = costs[costs > 0]
+        return float(costly.mean()) if len(costly) >= KNOWN else -low
 
     def keep(self, w: Floats, y: Floats) -> None:
         """y [n, k]: all that is known of w."""
@@ -149,9 +155,6 @@ class Expected:
     def _look(self, w: Floats, known: Floats | None, n: int) -> Floats:
         """y of all rollouts of w: the ``known`` ones, and n under new noise."""
         y = self._rollouts(w[None], self.evidence.next_streams(n))[0]
-        if self._span is not None:
-            costs = (y - self._span[0]).ravel()
-            self.evidence.costly = (self.evidence.costly + costs[costs > 0].tolist())[-COSTLY:]
         return y if known is None else np.concatenate([known, y])
 
     def _range(self) -> tuple[float, float]:
@@ -178,7 +181,5 @@ class Expected:
             return low + (high - low) * np.array([bounds.betting(c, tail) for c in x.T])
         if rule == "student" or self._span is None:
             return y.mean(axis=0) + bounds.student(y, tail)
-        # Where little is known, a costly episode is taken to cost what the limit allows.
-        costly = self.evidence.costly
-        severity = float(np.mean(costly)) if len(costly) >= KNOWN else -low
+        severity = self.evidence.severity(low)
         return low + np.array([bounds.mixed(c - low, tail, severity) for c in y.T])

@@ -48,6 +48,10 @@ class GuardConfig:
     """The declared smoothness constant of every constraint (per squared unit of w), for
     ``apriori``.
     """
+    largest_L: float = np.inf
+    """adaptive: the largest L that is carried to the next update. Where the constraint jumps (costs
+    are counts), what one breached step shows is no curvature, and would stop learning for long.
+    """
     safety_factor: float = 2.0
     """Factor on sampled second differences."""
     directions: int = 64
@@ -90,7 +94,7 @@ class GuardConfig:
         require_choice(self, "differences", get_args(Differences))
         for candidate in self.candidates:
             require_choice(self, "candidates", get_args(Candidate), candidate)
-        for name in ("L", "probe_radius", "trust_radius", "smallest_probe"):
+        for name in ("L", "largest_L", "probe_radius", "trust_radius", "smallest_probe"):
             require(self, name, above=0)
         require(self, "safety_factor", low=1)
         require(self, "margin", low=0)
@@ -277,7 +281,7 @@ class Guard:
                 radius = 0.5 * float(np.linalg.norm(z))
 
         if config.smoothness != "apriori":
-            self.smoothness = L
+            self.smoothness = np.minimum(L, config.largest_L)
         self.g = realised
         self.memory = memory.updated(basis, slopes, step)
         self.breaches += breaches
@@ -342,6 +346,8 @@ class Guard:
             return previous
         assert curvature is not None
         sampled = np.maximum(self.config.safety_factor * curvature, smoothness.FLOOR)
+        if rule == "adaptive":
+            sampled = np.minimum(sampled, self.config.largest_L)
         return sampled if previous is None else np.maximum(sampled, smoothness.SHRINK * previous)
 
 
