@@ -88,7 +88,7 @@ class Smoothness:
             self._scale[rows] = 1.0
 
     def carry(self, relax: bool) -> None:
-        """To the next update. relax: a bit lower, after an update in which no bound was exceeded."""
+        """To the next update. relax: a bit lower, after an update that exceeded no bound."""
         if self.rule == "apriori" or self._scale is None:
             return
         scale = SHRINK * self._scale if relax else self._scale
