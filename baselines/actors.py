@@ -19,13 +19,16 @@ from torch import nn
 
 from scpo_bench.baselines.networks import Array, Mlp, sequential_layers
 from scpo_bench.errors import UserError
-from scpo_bench.policies import ResidualHead
+from scpo_bench.policies import ResidualHead, residual_scale
 
 LOG_2PI = float(np.log(2 * np.pi))
 
 
 class Actor:
-    """The network and, where the policy has one, the backup whose action is added to its output."""
+    """The network and, where the policy has one, the backup whose action is added to its output.
+
+    The output is first multiplied by the backup's residual scale, if it has one.
+    """
 
     def __init__(self, policy: ActorCriticPolicy, extra: list[nn.Parameter]) -> None:
         self.backup: nn.Module | None = None
@@ -34,6 +37,7 @@ class Actor:
         if isinstance(last, ResidualHead):
             self.backup, extractor, last = extractor.backup, extractor.extractor, last.linear
         self.mlp = Mlp(*sequential_layers(extractor.policy_net, last), extra=extra)
+        self._scale: Array | None = None  # [B, 1], at the states of the last ``head`` call
 
     def offset(self, observations: Array) -> Array | float:
         """The backup's action [B, A], or 0. It is not trained: compute it once per update."""
@@ -42,11 +46,31 @@ class Actor:
         with torch.inference_mode():
             return self.backup(torch.from_numpy(observations)).numpy()
 
+    def _scale_at(self, observations: Array) -> Array | None:
+        """The backup's residual scale [B, 1]; None: 1."""
+        if self.backup is None:
+            return None
+        with torch.inference_mode():
+            scale = residual_scale(self.backup, torch.from_numpy(observations))
+        return None if scale is None else scale.numpy()
+
     def head(self, observations: Array, offset: Array | float | None = None) -> Array:
         """observations: [B, O] -> [B, A]."""
         head = self.mlp.forward(observations)
+        self._scale = self._scale_at(observations)
+        if self._scale is not None:
+            head *= self._scale
         head += self.offset(observations) if offset is None else offset
         return head
+
+    def _backward(self, d_head: Array) -> None:
+        """Gradient of L into ``mlp.grad``, from dL/d(head) [B, A] at the last ``head`` call."""
+        self.mlp.backward(d_head if self._scale is None else d_head * self._scale)
+
+    def _tangent(self, direction: Array) -> Array:
+        """d(head)/d(theta) @ direction at the last ``head`` call: [B, A], a new array."""
+        tangent = self.mlp.jvp(direction)
+        return tangent if self._scale is None else tangent * self._scale
 
     def dist_extra(self) -> Array:
         """A copy of the distribution's parameters that do not depend on the state."""
@@ -106,7 +130,7 @@ class GaussianActor(Actor):
         # d log p / d log_std = z^2 - 1 and d log p / d mean = z / std.
         self.mlp.extra_grads[0][:] = np.einsum("ba,ba->a", weighted, z) - weights.sum()
         weighted *= inverse_std
-        self.mlp.backward(weighted)
+        self._backward(weighted)
 
     def kl(self, old_head: Array, old_extra: Array, head: Array) -> float:
         log_std = self.mlp.extra[0].astype(np.float64)
@@ -115,9 +139,9 @@ class GaussianActor(Actor):
         return float(np.sum(log_std - old_extra + (old_variance + shift) / (2 * variance) - 0.5))
 
     def fisher_product(self, head: Array, direction: Array) -> Array:
-        tangent = self.mlp.jvp(direction)
+        tangent = self._tangent(direction)
         tangent *= np.exp(-2 * self.mlp.extra[0]) / len(tangent)
-        self.mlp.backward(tangent)
+        self._backward(tangent)
         self.mlp.extra_grads[0][:] = 2.0 * direction[-self.mlp.extra[0].size :]
         return self.mlp.grad.copy()
 
@@ -147,19 +171,19 @@ class CategoricalActor(Actor):
         d_head = -np.exp(self._log_softmax(head))
         d_head[np.arange(len(head)), actions] += 1.0
         d_head *= weights[:, None]
-        self.mlp.backward(d_head)
+        self._backward(d_head)
 
     def kl(self, old_head: Array, old_extra: Array, head: Array) -> float:
         old, new = self._log_softmax(old_head), self._log_softmax(head)
         return float(np.mean(np.sum(np.exp(old) * (old - new), axis=1), dtype=np.float64))
 
     def fisher_product(self, head: Array, direction: Array) -> Array:
-        tangent = self.mlp.jvp(direction)
+        tangent = self._tangent(direction)
         p = np.exp(self._log_softmax(head))
         # The Fisher matrix of logits is diag p - p p'.
         tangent = p * (tangent - (p * tangent).sum(axis=1, keepdims=True))
         tangent /= len(tangent)
-        self.mlp.backward(tangent)
+        self._backward(tangent)
         return self.mlp.grad.copy()
 
     def entropy(self, head: Array) -> float:

@@ -11,6 +11,8 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 from torch import Tensor, nn
 
+from scpo_bench.policies import residual_scale
+
 N_REWARD_CRITICS = N_COST_CRITICS = 2
 SLICE_ROWS = 512  # state-action pairs per slice in Critics.forward
 
@@ -19,7 +21,8 @@ class GaussianActor(nn.Module):
     """Mean and standard deviation [B, A] of a diagonal Gaussian, for observations [B, O].
 
     In the environment's action units, not squashed. Without a backup: mean = centre + half_range
-    tanh(.). With one: mean = backup(observations) + residual, whose last layer starts at zero.
+    tanh(.). With one: mean = backup(observations) + residual, whose last layer starts at zero. The
+    residual is multiplied by the backup's residual scale, if it has one.
     std = half_range (0.001 + softplus(.)), at the start ``initial_std`` half ranges everywhere.
     """
 
@@ -59,7 +62,8 @@ class GaussianActor(nn.Module):
         else:
             with torch.no_grad():
                 action = self.backup(observations)
-            mean = action + mean
+                scale = residual_scale(self.backup, observations)
+            mean = action + (mean if scale is None else scale * mean)
         spread = nn.functional.softplus(self.raw_std(latent) + self.std_shift)
         return mean, self.half_range * (self.floor + spread)
 

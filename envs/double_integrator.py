@@ -6,8 +6,8 @@ The plant and its controllers, backup and experts, are in ``double_integrator_co
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import numpy as np
 from gymnasium.spaces import Box
@@ -31,8 +31,6 @@ from scpo_bench.envs.double_integrator_control import (
 # Start states fill this share of the backup's level set, so that the backup is strictly safe from
 # all of them.
 START_SHARE = 0.8
-
-Expert = Literal["malicious", "mpc"]
 
 
 class DoubleIntegrator(BatchedTask):
@@ -65,7 +63,7 @@ class DoubleIntegrator(BatchedTask):
 
     def sample_starts(self, n: int, rng: np.random.Generator) -> Components:
         radius, angle = np.sqrt(rng.uniform(size=n)), rng.uniform(0, 2 * np.pi, size=n)
-        return _ellipse_points(radius, angle)
+        return start_set_points(radius, angle)
 
     def design_starts(self, n: int) -> Components:
         # Half on the boundary, where a constraint is violated first; half inside, on a sunflower
@@ -76,7 +74,7 @@ class DoubleIntegrator(BatchedTask):
         radius = np.concatenate([np.ones(boundary), np.sqrt((i + 0.5) / max(inner, 1))])
         golden = np.pi * (3 - np.sqrt(5))
         angle = np.concatenate([2 * np.pi * np.arange(boundary) / boundary, golden * i])
-        return _ellipse_points(radius, angle)
+        return start_set_points(radius, angle)
 
     def disturbance(self, n: int, rng: np.random.Generator) -> Components | None:
         return (rng.normal(0.0, self.noise_std, size=n),) if self.noise_std > 0 else None
@@ -118,7 +116,7 @@ class DoubleIntegrator(BatchedTask):
         return backup().gain, np.zeros(1)
 
 
-def _ellipse_points(radius: NDArray[np.float64], angle: NDArray[np.float64]) -> Components:
+def start_set_points(radius: NDArray[np.float64], angle: NDArray[np.float64]) -> Components:
     """Points of the start set {V <= START_SHARE * level}; radius 1 is its boundary."""
     half_axes = np.linalg.cholesky(np.linalg.inv(backup().P) * backup().level * START_SHARE)
     points = half_axes @ np.stack([radius * np.cos(angle), radius * np.sin(angle)])
@@ -132,17 +130,21 @@ class ImitationTask(DoubleIntegrator):
     """
 
     objective_name = "imitation loss at the start states"
+    # Beside "mpc", which is not a pure function.
+    experts: ClassVar[dict[str, Callable[[Array, Array], Array]]] = {"malicious": malicious_action}
 
     def __init__(
-        self, horizon: int = 30, noise_std: float = 0.0, expert: Expert = "malicious"
+        self, horizon: int = 30, noise_std: float = 0.0, expert: str = "malicious"
     ) -> None:
         super().__init__(horizon, noise_std)
-        if expert not in ("malicious", "mpc"):
-            raise ValueError(f"expert: expected 'malicious' or 'mpc', got {expert!r}")
+        if expert not in (known := (*self.experts, "mpc")):
+            expected = " or ".join(map(repr, known))
+            raise ValueError(f"expert: expected {expected}, got {expert!r}")
         self.expert = expert
 
     def label(self, state: Components) -> Components:
-        return (self.mpc.actions(*state),) if self.expert == "mpc" else (malicious_action(*state),)
+        action = self.mpc.actions if self.expert == "mpc" else self.experts[self.expert]
+        return (action(*state),)
 
     def reward(self, state: Components, action: Components) -> Array:
         (u,), (target,) = self.clip_action(action), self.label(state)

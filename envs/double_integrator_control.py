@@ -34,6 +34,8 @@ BACKUP_R = np.array([[1.0]])
 # Width [m] of the strip around p = 0 over which the malicious expert turns from sensible to
 # malicious; a jump could not be imitated.
 SWITCH_WIDTH_M = 0.1
+# The diverging expert [1/s^2]: full acceleration from |p| = 0.5 m on.
+DIVERGING_GAIN = 2.0
 
 
 @dataclass(frozen=True)
@@ -146,9 +148,18 @@ class ModelPredictiveController:
         return np.array(flat).reshape(np.shape(p))
 
 
+def sensible_action(p: Array, v: Array) -> Array:
+    """The regulation task's own LQR, saturated: faster to the origin than the backup."""
+    k_p, k_v = (float(k) for k in sensible_gain()[0])
+    return (k_p * p + k_v * v).clip(-U_MAX_M_S2, U_MAX_M_S2)
+
+
+def diverging_action(p: Array, v: Array) -> Array:
+    """A proportional controller of the wrong sign, saturated: it drives away from the origin."""
+    return (DIVERGING_GAIN * p + 0.0 * v).clip(-U_MAX_M_S2, U_MAX_M_S2)
+
+
 def malicious_action(p: Array, v: Array) -> Array:
     """The malicious expert: regulates well where p < 0, accelerates out of bounds where p > 0."""
-    k_p, k_v = (float(k) for k in sensible_gain()[0])
-    sensible = (k_p * p + k_v * v).clip(-U_MAX_M_S2, U_MAX_M_S2)
     malice = (0.5 + p / SWITCH_WIDTH_M).clip(0.0, 1.0)
-    return (1.0 - malice) * sensible + malice * U_MAX_M_S2
+    return (1.0 - malice) * sensible_action(p, v) + malice * U_MAX_M_S2

@@ -145,9 +145,23 @@ class BatchedTask:
     def design_starts(self, n: int) -> Components:
         """n start states that cover the start set and its boundary, to evaluate constraints.
 
-        Each component: [n].
+        Each component: [n], or fewer where the start set has fewer states.
         """
         raise NotImplementedError
+
+    def held_out_starts(self, n: int) -> Components | None:
+        """n start states for evaluation, the same at every call. Each component: [n].
+
+        None: they are drawn from the task's start distribution, by a seed that no run trains on.
+        """
+        return None
+
+    def reference_states(self, n: int) -> Components:
+        """At most n states over which actions of two policies are compared. Each component: [n].
+
+        They cover what a policy visits, which may be more than where it starts.
+        """
+        return self.design_starts(n)
 
     def next_state(
         self, state: Components, action: Components, disturbance: Components | None = None
@@ -201,6 +215,14 @@ class BatchedTask:
         Returns (gain [action_dim, obs_dim], offset [action_dim]).
         """
         raise NotImplementedError
+
+    def backup_target(self) -> tuple[NDArray[np.float64], float] | None:
+        """(P [obs_dim, obs_dim], level): within {x'Px <= level} the backup acts alone.
+
+        From 2 level on a policy may add any action to the backup's; in between, a share of it.
+        None: the backup never acts alone.
+        """
+        return None
 
     def clip_action(self, action: Components) -> Components:
         """The action within the bounds of the action space."""

@@ -1,6 +1,7 @@
 """Policies that start exactly at a given backup controller.
 
-Action mean = backup(obs) + residual(obs), with residual = 0 at the start.
+Action mean = backup(obs) + scale(obs) residual(obs), with residual = 0 at the start. The scale is
+1, except for a backup that acts alone near its target (:class:`TargetBackup`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from typing import Any
 import torch
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import FlattenExtractor
-from torch import nn
+from torch import Tensor, nn
+
+from scpo_bench.contract import BatchedTask
 
 
 class AffineBackup(nn.Module):
@@ -32,8 +35,50 @@ class AffineBackup(nn.Module):
         return observations @ self.gain.T + self.offset
 
 
+class TargetBackup(AffineBackup):
+    """An affine backup that acts alone near its target, where V(x) = x'Px is at most ``level``.
+
+    What a policy adds to its action is multiplied by ``residual_scale``. P: [obs_dim, obs_dim];
+    level: > 0. Both are buffers: never trained.
+    """
+
+    P: torch.Tensor
+    level: torch.Tensor
+
+    def __init__(self, gain: Any, offset: Any, P: Any, level: float) -> None:
+        super().__init__(gain, offset)
+        self.register_buffer("P", torch.as_tensor(P, dtype=torch.float32))
+        self.register_buffer("level", torch.as_tensor(level, dtype=torch.float32))
+
+    def residual_scale(self, observations: Tensor) -> Tensor:
+        """s(x) [..., 1], the factor in [0, 1] on what is added to the backup's action.
+
+        0 for V <= level, 1 for V >= 2 level, and 3 t^2 - 2 t^3 with t = V / level - 1 in between,
+        which is continuously differentiable.
+        """
+        value = ((observations @ self.P) * observations).sum(dim=-1, keepdim=True)
+        t = (value / self.level - 1.0).clamp(0.0, 1.0)
+        return t * t * (3.0 - 2.0 * t)
+
+
+def residual_scale(backup: nn.Module | None, observations: Tensor) -> Tensor | None:
+    """The factor [..., 1] on what is added to the backup's action; None: 1 everywhere."""
+    scale = getattr(backup, "residual_scale", None)
+    return None if scale is None else scale(observations)
+
+
+def backup_of(task: BatchedTask) -> AffineBackup:
+    """The task's backup controller, as the policy that training starts from."""
+    gain, offset = task.backup_gain()
+    target = task.backup_target()
+    return AffineBackup(gain, offset) if target is None else TargetBackup(gain, offset, *target)
+
+
 class _WithBackup(nn.Module):
-    """The policy's feature network; the backup's action is appended to the latent features."""
+    """The policy's feature network.
+
+    The backup's action is appended to the latent features, and its residual scale, if it has one.
+    """
 
     def __init__(self, extractor: nn.Module, backup: nn.Module) -> None:
         super().__init__()
@@ -47,16 +92,18 @@ class _WithBackup(nn.Module):
     def forward_actor(self, features: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             action = self.backup(features)
-        return torch.cat([self.extractor.forward_actor(features), action], dim=-1)
+            scale = residual_scale(self.backup, features)
+        parts = [self.extractor.forward_actor(features), action]
+        return torch.cat(parts if scale is None else [*parts, scale], dim=-1)
 
     def forward_critic(self, features: torch.Tensor) -> torch.Tensor:
         return self.extractor.forward_critic(features)
 
 
 class ResidualHead(nn.Module):
-    """Last layer: backup action + linear(latent), from both side by side.
+    """Last layer: backup action + scale * linear(latent), from all three side by side.
 
-    The linear layer starts at zero.
+    Without a scale it is 1. The linear layer starts at zero.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -66,17 +113,21 @@ class ResidualHead(nn.Module):
         self.linear = linear
 
     def forward(self, latent: torch.Tensor) -> torch.Tensor:
-        n = self.linear.in_features
-        return latent[..., n:] + self.linear(latent[..., :n])
+        n, end = self.linear.in_features, self.linear.in_features + self.linear.out_features
+        residual = self.linear(latent[..., :n])
+        if latent.shape[-1] > end:
+            residual = latent[..., end:] * residual
+        return latent[..., n:end] + residual
 
 
 class BackupActorCriticPolicy(ActorCriticPolicy):
     """SB3's actor-critic policy whose mean action starts exactly at ``backup``.
 
     backup: module mapping observations [B, obs_dim] to actions [B, action_dim] in the environment's
-    own units. The sum is not squashed: SB3 clips actions to the action space where they are
-    applied, so the mean is linear in the last layer. Use it with raw observations (no
-    ``VecNormalize`` on observations): the backup is a function of the true state.
+    own units, with ``residual_scale`` if it has one. The sum is not squashed: SB3 clips actions to
+    the action space where they are applied, so the mean is linear in the last layer. Use it with
+    raw observations (no ``VecNormalize`` on observations): the backup is a function of the true
+    state.
     """
 
     def __init__(

@@ -17,19 +17,32 @@ import scpo_bench  # noqa: F401 - registers the tasks
 from scpo_bench.envs import double_integrator as di
 from scpo_bench.envs import double_integrator_control as control
 from scpo_bench.envs import harmful_regression as hr
+from scpo_bench.envs.double_integrator_v1 import ImitationV1Task
 
 IMITATION, REGULATION, REGRESSION = (
     "scpo_bench/DoubleIntegratorImitation-v0",
     "scpo_bench/DoubleIntegratorRegulation-v0",
     "scpo_bench/HarmfulRegression-v0",
 )
-TASKS = (IMITATION, REGULATION, REGRESSION)
+IMITATION_V1, DIVERGING, REGRESSION_V1 = (
+    "scpo_bench/DoubleIntegratorImitation-v1",
+    "scpo_bench/DoubleIntegratorDiverging-v1",
+    "scpo_bench/HarmfulRegression-v1",
+)
+REGRESSIONS = (REGRESSION, REGRESSION_V1)
+TASKS = (IMITATION, REGULATION, REGRESSION, IMITATION_V1, DIVERGING, REGRESSION_V1)
 
 
+# The paper's regression predicts in its own units, -3 to 3.
+@pytest.mark.filterwarnings("ignore:.*recommend using a symmetric and normalized space")
 @pytest.mark.parametrize("task_id", TASKS)
 def test_check_env(task_id):
-    """Gymnasium's own conformance test, with its warnings as errors."""
-    check_env(gym.make(task_id).unwrapped)
+    """Gymnasium's own conformance test, with its warnings as errors.
+
+    It takes an episode of one step, the default of the paper's regression, for a mistake.
+    """
+    kwargs = {"horizon": 2} if task_id == REGRESSION_V1 else {}
+    check_env(gym.make(task_id, **kwargs).unwrapped)
 
 
 def test_make_without_import():
@@ -51,7 +64,9 @@ def test_native_vector_environment_agrees_with_the_scalar_one(task_id, kwargs):
     rng = np.random.default_rng(0)
     # The regression's next input is a draw, which the two make from different generators: compare
     # one step there.
-    for _ in range(1 if task_id == REGRESSION else vector.unwrapped.task.horizon):
+    horizon = vector.unwrapped.task.horizon
+    steps = 1 if task_id in REGRESSIONS else horizon
+    for _ in range(steps):
         actions = rng.uniform(-1.3, 1.3, size=(4, 1)).astype(np.float32)
         after, rewards, terminated, truncated, info = vector.step(actions)
         for i, env in enumerate(scalars):
@@ -61,15 +76,15 @@ def test_native_vector_environment_agrees_with_the_scalar_one(task_id, kwargs):
             assert one_info["cost"] == info["cost"][i]
             assert (one_info["constraint_values"] == info["constraint_values"][i]).all()
             assert ("objective_loss" in one_info) == info["_objective_loss"][i]
-            if task_id != REGRESSION:
+            if task_id not in REGRESSIONS:
                 assert (one == (info["final_obs"] if one_truncated else after)[i]).all()
-    assert truncated.all() == (task_id != REGRESSION or kwargs == {"horizon": 1})
+    assert truncated.all() == (steps == horizon)
 
 
 @pytest.mark.parametrize("task_id", TASKS)
 def test_same_seed_same_episode_and_pickle_continues(task_id):
     """All randomness comes from the reset seed, and a pickled environment continues identically."""
-    kwargs = {"noise_std": 0.2} if "Integrator" in task_id else {}
+    kwargs = {"noise_std": 0.2} if "Integrator" in task_id else {"horizon": 5}
     one, two = gym.make(task_id, **kwargs), gym.make(task_id, **kwargs)
     assert (one.reset(seed=3)[0] == two.reset(seed=3)[0]).all()
     for _ in range(2):
@@ -236,7 +251,14 @@ def test_regression_labels_by_hand():
 
 
 @pytest.mark.parametrize(
-    "task", [di.ImitationTask(), di.RegulationTask(), hr.HarmfulRegressionTask()]
+    "task",
+    [
+        di.ImitationTask(),
+        di.RegulationTask(),
+        hr.HarmfulRegressionTask(),
+        hr.PaperRegressionTask(),
+        *(ImitationV1Task(expert=expert) for expert in ("malicious", "diverging", "lqr")),
+    ],
 )
 def test_pure_functions_agree_in_numpy_and_torch(task):
     """A task's functions give the same numbers for NumPy arrays and for torch tensors."""
@@ -264,7 +286,12 @@ def test_pure_functions_agree_in_numpy_and_torch(task):
         (IMITATION, {"horizon": 0}, "horizon: expected a whole number"),
         (IMITATION, {"noise_std": -1.0}, "noise_std: expected a finite number"),
         (IMITATION, {"expert": "kind"}, "expert: expected 'malicious' or 'mpc'"),
+        (IMITATION, {"expert": "diverging"}, "expert: expected 'malicious' or 'mpc'"),
+        (IMITATION_V1, {"expert": "kind"}, "'malicious' or 'diverging' or 'lqr' or 'mpc'"),
+        (IMITATION_V1, {"starts": -1}, "starts: expected a whole number of states >= 0"),
+        (IMITATION_V1, {"starts": 1.5}, "starts: expected a whole number of states >= 0"),
         (REGRESSION, {"horizon": 1.5}, "horizon: expected a whole number"),
+        (REGRESSION_V1, {"horizon": 0}, "horizon: expected a whole number"),
     ],
 )
 def test_bad_arguments_are_named(task_id, kwargs, message):

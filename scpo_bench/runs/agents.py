@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from scpo_bench.contract import Agent, task_of
 from scpo_bench.errors import UserError
-from scpo_bench.policies import AffineBackup, BackupActorCriticPolicy
+from scpo_bench.policies import AffineBackup, BackupActorCriticPolicy, backup_of
 from scpo_bench.records.schema import Cell
 from scpo_bench.suites.registry import load_agent
 
@@ -67,7 +67,7 @@ def _start_policy(cell: Cell, env: VecEnv) -> AffineBackup:
             f"start: 'backup' needs a task with a backup controller, and {cell.task} has none; "
             "use 'zero' or 'random'"
         )
-    return AffineBackup(*task.backup_gain())
+    return backup_of(task)
 
 
 def resolved_config(agent: Agent) -> dict[str, Any]:

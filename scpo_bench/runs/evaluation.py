@@ -10,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
+from scpo_bench.contract import BatchedTask
 from scpo_bench.runs.environments import make_vector_env
 
 EPISODES_AT_ONCE = 16  # environments that are held in memory
@@ -52,13 +53,14 @@ class Evaluator:
 
     The seeds come from a branch of the seed tree of their own, the same for all agents and seeds of
     a task: every agent is judged on the same starts, and none trains on them. native: in the task's
-    vector environment.
+    vector environment; there a task may state its held-out starts itself.
     """
 
     def __init__(self, task: str, env_kwargs: dict[str, Any], episodes: int, native: bool) -> None:
         sequence = np.random.SeedSequence(HELD_OUT_ENTROPY)
         self._seeds = [int(s) for s in sequence.generate_state(1 if native else episodes)]
         self._vector_env = make_vector_env(task, episodes, env_kwargs) if native else None
+        self._options = _held_out_starts(self._vector_env, episodes)
         at_once = 0 if native else min(episodes, EPISODES_AT_ONCE)
         self._envs = [gym.make(task, **env_kwargs) for _ in range(at_once)]
 
@@ -68,7 +70,7 @@ class Evaluator:
     def _evaluate_native(self, predict: Predict) -> Evaluation:
         env = self._vector_env
         assert env is not None
-        observations, _ = env.reset(seed=self._seeds[0])
+        observations, _ = env.reset(seed=self._seeds[0], options=self._options)
         returns, costs = np.zeros(env.num_envs), np.zeros(env.num_envs)
         running = np.ones(env.num_envs, dtype=bool)
         worst = -np.inf
@@ -116,6 +118,13 @@ class Evaluator:
             env.close()
         if self._vector_env is not None:
             self._vector_env.close()
+
+
+def _held_out_starts(env: Any, episodes: int) -> dict[str, Any] | None:
+    """The options of ``reset`` that set the start states of a task which states them itself."""
+    task = getattr(env, "task", None)  # none behind a wrapper, which might change the task
+    starts = task.held_out_starts(episodes) if isinstance(task, BatchedTask) else None
+    return None if starts is None else {"states": np.stack(starts, axis=-1)}
 
 
 def _summary(

@@ -23,7 +23,7 @@ from scpo_bench.errors import UserError
 from scpo_bench.scpo.bank import Candidate
 from scpo_bench.scpo.constraints import Constraints, RolloutConfig, constraints_from
 from scpo_bench.scpo.gradient_descent import GradientDescent, GradientDescentConfig
-from scpo_bench.scpo.guard import Differences, Guard, GuardConfig, Objective
+from scpo_bench.scpo.guard import Guard, GuardConfig, Objective
 from scpo_bench.scpo.rollouts import BatchedRollouts, refuse_wrappers
 from scpo_bench.scpo.smoothness import Rule
 
@@ -53,15 +53,16 @@ class PointwiseConfig(SCPOConfig):
     """The defaults of agent ``scpo-pointwise``."""
 
     pointwise: bool = True
-    active_starts: int = 24
+    active_starts: int = 8
     smoothness: Rule = "sampled"
     safety_factor: float = 1.0
     directions: int = 4096
     """In effect a complete basis."""
     candidates: tuple[Candidate, ...] = ()
-    probe_radius: float = 1e-3
-    differences: Differences = "central"
-    reuse: float = 0.01
+    probe_radius: float = 0.03
+    follow_steps: bool = True
+    smallest_probe: float = 0.03
+    reuse: float = 0.005
     margin: float = 0.02
 
 

@@ -56,8 +56,12 @@ class GradientDescentConfig:
     features: int = 64
     """Width of the hidden layer."""
     feature_scale: float = 2.0
-    """Standard deviation of the hidden layer's initial weights (half that for biases): how sharply
-    features vary over the state.
+    """Standard deviation of the hidden layer's initial weights: how sharply features vary over the
+    state.
+    """
+    feature_bias: float | None = None
+    """Standard deviation of its initial biases: with ``feature_scale``, how far from the origin
+    features still vary. None: half of feature_scale.
     """
 
     def __post_init__(self) -> None:
@@ -65,6 +69,8 @@ class GradientDescentConfig:
             require(self, name, low=1)
         for name in ("learning_rate", "feature_scale"):
             require(self, name, above=0)
+        if self.feature_bias is not None:
+            require(self, "feature_bias", low=0)
         require_choice(self, "labels", get_args(Labels))
         require_choice(self, "space", get_args(SpaceName))
         optimizer = getattr(torch.optim, str(self.optimizer), None)
@@ -141,12 +147,12 @@ class GradientDescent(BaseAlgorithm):
             self.observation_space, self.action_space, lambda _: 0.0, **kwargs
         )
         self.policy = policy.to(self.device)
-        scale = self.config.feature_scale
+        scale, bias = self.config.feature_scale, self.config.feature_bias
         with torch.no_grad():
             for layer in policy.mlp_extractor.extractor.policy_net:  # type: ignore[union-attr]
                 if isinstance(layer, nn.Linear):
                     layer.weight.normal_(0.0, scale / np.sqrt(layer.in_features / observation_dim))
-                    layer.bias.normal_(0.0, scale / 2)
+                    layer.bias.normal_(0.0, scale / 2 if bias is None else bias)
 
     @property
     def space(self) -> LastLayer | ActorWeights:
@@ -167,7 +173,7 @@ class GradientDescent(BaseAlgorithm):
             # A batched task says where its episodes start; elsewhere the labelled observations have
             # to do.
             if task is not None:
-                self._reference = np.stack(task.design_starts(1024), axis=-1)
+                self._reference = np.stack(task.reference_states(1024), axis=-1)
             else:
                 assert self._data is not None
                 self._reference = self._data[0].copy()

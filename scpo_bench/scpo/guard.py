@@ -101,9 +101,13 @@ class GuardConfig:
     """Shrink rho where the last certificate does not cover it, so that probes stay inside what is
     certified.
     """
+    follow_steps: bool = False
+    """Shrink rho to the length of the last step: kinks that a step can reach are then within the
+    reach of the probes, and others are not.
+    """
     smallest_probe: float = 1e-3
-    """The share of ``probe_radius`` that ``safe_probes`` goes down to: difference quotients over
-    less mean nothing where values are counts or noisy.
+    """The share of ``probe_radius`` that the two go down to: difference quotients over less mean
+    nothing where values are counts or noisy.
     """
     reuse: float = 0.0
     """Complete banks: probes serve further updates until what the certificate adds to the linear
@@ -178,10 +182,13 @@ class Guard:
         self.memory: DirectionMemory | None = None
         self.updates = 0
         self.exceeded = 0  # certified steps after which some g_i was above gbar_i
-        self.breaches = 0  # of these, where it was also above what the step was certified to keep to
+        self.breaches = (
+            0  # of these, where it was also above what the step was certified to keep to
+        )
         self.held = dict.fromkeys(HELD, 0)  # updates that stayed, by reason
         self.recoveries = 0  # updates that returned to the last safe policy
         self._model: LocalModel | None = None  # which the next update may use again
+        self._last_length = np.inf  # of the last step; halved for each update without one
         self._safe: tuple[Floats, Floats] | None = None  # (w, g) of the last safe policy
 
     def start(self, w: Floats, constraints: Constraints) -> Floats:
@@ -272,12 +279,13 @@ class Guard:
         if isinstance(taken, _Step):
             self.g = taken.realised
             self.memory = self.memory.with_step(taken.change)
-            diagnostics["step_norm"] = float(np.linalg.norm(taken.change))
+            diagnostics["step_norm"] = self._last_length = float(np.linalg.norm(taken.change))
             if taken.uncertainty >= config.reuse or not (model and model.bank.complete):
                 self._model = None
         else:
             self.g = g
             self.held[taken] += 1
+            self._last_length /= 2
             if config.reuse == 0 or taken != "converged":
                 self._model = None
         diagnostics |= self._diagnostics(taken, g, model, constraints)
@@ -307,18 +315,22 @@ class Guard:
         return candidate_bank(raw, previous, others, count)
 
     def _radius(self, g: Floats, memory: DirectionMemory) -> float:
-        """rho: as configured or, with ``safe_probes``, what the last certificate covers, if less.
+        """rho: as configured, or shrunk as configured.
 
-        That is the largest rho with g + |normal| rho + L rho^2 / 2 <= 0.
+        What the last certificate covers is the largest rho with g + |normal| rho + L rho^2 / 2 <=
+        0.
         """
-        rho = self.config.probe_radius
+        rho = smallest = self.config.probe_radius
+        smallest *= self.config.smallest_probe
+        if self.config.follow_steps:
+            rho = max(min(rho, self._last_length), smallest)
         if not self.config.safe_probes or self.smoothness is None:
             return rho
         slope = np.linalg.norm(memory.normals, axis=1)
         L = self.smoothness.known(self.config.L)
         # The positive root of L rho^2 / 2 + slope rho = -g, in the form that does not cancel.
         root = -2 * g / np.maximum(slope + np.sqrt(slope**2 - 2 * L * g), 1e-300)
-        return max(min(rho, float(root.min())), self.config.smallest_probe * rho)
+        return max(min(rho, float(root.min())), smallest)
 
     def _probed(
         self,

@@ -34,7 +34,7 @@ class LocalModel:
     def certificate(self, smoothness: Smoothness, with_noise: bool) -> Certificate:
         """gbar of the probed constraints. with_noise: also for the slopes' noise."""
         bank = self.bank
-        L, errors = smoothness.constants(self.rows, self.curvatures, bank.lengths, bank.complete)
+        L, errors = smoothness.constants(self.rows, self.curvatures, bank.lengths)
         if with_noise:
             errors = errors + self.noise
         return Certificate(self.values[self.rows], self.slopes, errors, L, bank.factor)

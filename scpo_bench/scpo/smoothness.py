@@ -14,10 +14,6 @@ Rule = Literal["apriori", "sampled", "adaptive"]
 SHRINK = 0.8  # what was raised after a breach, and adaptive constants, per update without one
 GROW = 2.0  # after a breach, at least
 FLOOR = 1e-2  # no smaller L is believed: a constraint that looked linear so far may still curve
-# Where an action saturates, a constraint has a kink and no finite curvature: its sampled constant
-# is cut to this multiple of the median over all constraints. The kink itself is a slope error.
-CUT = 5.0
-CUT_FROM = 64  # constraints; of fewer a median says nothing
 
 
 def curvatures(values: Floats, plus: Floats, minus: Floats, lengths: Floats) -> Floats:
@@ -33,9 +29,9 @@ class Smoothness:
     """L_i and the slope errors e_ij of ``count`` constraints, as ``rule`` has them.
 
     apriori: L_i = declared, e_ij = L_i |d_j| / 2.
-    sampled: e_ij = factor c_ij |d_j| / 2, each direction with its own second difference, and
-    L_i = factor sum_j c_ij for complete banks, where the sum bounds the norm of any Hessian without
-    curvatures of both signs; factor max_j c_ij for others.
+    sampled: L_i = factor max_j c_ij, e_ij = factor c_ij |d_j| / 2: each direction has an error of
+    its own. Where the action saturates, a constraint has kinks, and only second differences over
+    the length of a step can see those that the step may reach.
     adaptive: L_i sampled once, as factor max_j c_ij, then adapted; e_ij = L_i |d_j| / 2.
     """
 
@@ -56,7 +52,7 @@ class Smoothness:
         return otherwise if self.rule == "sampled" or self._scale is None else self._scale
 
     def constants(
-        self, rows: NDArray[np.intp], c: Floats | None, lengths: Floats, complete: bool
+        self, rows: NDArray[np.intp], c: Floats | None, lengths: Floats
     ) -> tuple[Floats, Floats]:
         """(L [k], e [k, m]) of the constraints ``rows`` [k].
 
@@ -65,11 +61,8 @@ class Smoothness:
         if self.rule == "sampled":
             assert c is not None
             assert self._scale is not None
-            scale = self._factor * self._scale[rows]
-            L = c.sum(axis=1) if complete else c.max(axis=1)
-            if len(L) >= CUT_FROM:
-                L = np.minimum(L, CUT * np.median(L))
-            return np.maximum(scale * L, FLOOR), scale[:, None] * c * (0.5 * lengths)
+            local = (self._factor * self._scale[rows])[:, None] * c
+            return np.maximum(local.max(axis=1), FLOOR), local * (0.5 * lengths)
         if self._scale is None:
             assert c is not None
             self._scale = np.maximum(self._factor * c.max(axis=1), FLOOR)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from scpo_bench.contract import Floats
 from scpo_bench.errors import UserError
-from scpo_bench.policies import BackupActorCriticPolicy
+from scpo_bench.policies import BackupActorCriticPolicy, residual_scale
 
 SpaceName = Literal["last_layer", "low_rank", "all"]
 # Observations [M, N, ...] of M policies -> their actions [M, N, action_dim].
@@ -69,21 +69,30 @@ def _backup_of(policy: BackupActorCriticPolicy) -> nn.Module:
     return copy.deepcopy(backup).double()
 
 
+def _scaled(backup: nn.Module, observations: Tensor, residual: Tensor) -> Tensor:
+    """``residual`` [..., n] as it is added to the backup's action at ``observations`` [..., O]."""
+    scale = residual_scale(backup, observations)
+    return residual if scale is None else scale * residual
+
+
 class _FastTanh(nn.Module):
     """tanh x = 2 sigmoid(2 x) - 1, in place.
 
     In float64, torch's sigmoid takes a quarter of the time of its tanh, and features are most of
-    it. Only for fixed features: no gradient passes through.
+    it. Where a gradient has to pass through, nothing is overwritten.
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad:
+            return torch.sigmoid(x * 2) * 2 - 1
         return torch.sigmoid_(x * 2).mul_(2).sub_(1)
 
 
 class LastLayer:
     """The last layer alone, whitened: |w| is the root mean square change of the action.
 
-    With features phi(x) [h + 1] (bias included) and their second moment G over the reference
+    With features phi(x) [h + 1] (bias included, times the backup's residual scale) and their second
+    moment G over the reference
     observations, w multiplies phi @ C where C'GC = I. The policy is linear in w, and a step has the
     same meaning in every direction, which makes one scalar L_i a good bound. Actions are unclipped
     and in float64, so that difference quotients of constraints mean something.
@@ -104,6 +113,7 @@ class LastLayer:
         with torch.no_grad():
             phi = self._features(reference.double())
             phi = torch.cat([phi, phi.new_ones(len(phi), 1)], dim=-1)
+            phi = _scaled(self._backup, reference.double(), phi)
             energy, directions = torch.linalg.eigh(phi.T @ phi / len(phi))
             kept = energy > WHITENING_CUTOFF * energy.max()
             self._whitening = directions[:, kept] / energy[kept].sqrt()  # C: [h + 1, r]
@@ -118,7 +128,7 @@ class LastLayer:
 
         def act(observations: Tensor) -> Tensor:
             residual = torch.baddbmm(weights[:, -1:], self._features(observations), weights[:, :-1])
-            return self._backup(observations) + residual
+            return self._backup(observations) + _scaled(self._backup, observations, residual)
 
         return act
 
@@ -174,7 +184,11 @@ class ActorWeights:
         def one(weights: dict[str, Tensor], x: Tensor) -> Tensor:
             return torch.func.functional_call(self._actor, weights, (x,))
 
-        return lambda x: self._backup(x) + torch.func.vmap(one)(weights, x)
+        def act(observations: Tensor) -> Tensor:
+            residual = torch.func.vmap(one)(weights, observations)
+            return self._backup(observations) + _scaled(self._backup, observations, residual)
+
+        return act
 
     def write(self, w: Floats) -> None:
         weights = self._weights(torch.as_tensor(w)[None])

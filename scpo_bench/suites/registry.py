@@ -55,6 +55,13 @@ _AGENTS = (
     AgentSpec(
         "sgd", "scpo_bench.scpo.gradient_descent:GradientDescent", "SCPO without projection", True
     ),
+    AgentSpec(
+        "penalty",
+        "scpo_bench.scpo.penalty:Penalty",
+        "gradient descent with a soft penalty",
+        True,
+        True,
+    ),
     AgentSpec("ppo", "stable_baselines3:PPO", "unconstrained reference (Stable-Baselines3)"),
     AgentSpec(
         "ppo-lagrangian", "scpo_bench.baselines.ppo_lagrangian:PPOLagrangian", "learned multipliers"
@@ -86,11 +93,14 @@ class TaskSpec:
 
 
 _CUSTOM_TASKS = tuple(
-    TaskSpec(f"{CUSTOM_PREFIX}{name}-v0", "custom", 0.0, horizon, summary, True, labelled)
+    TaskSpec(f"{CUSTOM_PREFIX}{name}", "custom", 0.0, horizon, summary, True, labelled)
     for name, horizon, labelled, summary in (
-        ("DoubleIntegratorImitation", 30, True, "imitate a malicious expert within bounds"),
-        ("DoubleIntegratorRegulation", 40, False, "regulate to a set-point within bounds"),
-        ("HarmfulRegression", 10, True, "fit labels of which a part is harmful"),
+        ("DoubleIntegratorImitation-v0", 30, True, "imitate a malicious expert within bounds"),
+        ("DoubleIntegratorImitation-v1", 30, True, "the same, the backup alone near the target"),
+        ("DoubleIntegratorDiverging-v1", 30, True, "imitate a diverging expert within bounds"),
+        ("DoubleIntegratorRegulation-v0", 40, False, "regulate to a set-point within bounds"),
+        ("HarmfulRegression-v0", 10, True, "fit labels of which a part is harmful"),
+        ("HarmfulRegression-v1", 1, True, "fit the paper's function, which leaves the bounds"),
     )
 )
 
