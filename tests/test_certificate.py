@@ -336,7 +336,7 @@ def test_what_was_held_moves_again(rule):
     constraints = Exact(("g",), lambda w: -w + w**2 / 2)
     guard = Guard(GuardConfig(smoothness=rule))
     guard.smoothness = Smoothness(rule, 1.0, 1.0, 1)
-    guard.smoothness.constants(np.arange(1), np.ones((1, 1)), np.ones(1), False)
+    guard.smoothness.constants(np.arange(1), np.ones((1, 1)), np.ones(1))
     guard.smoothness.raised(np.arange(1), np.array([1e6]))
     decisions = drive(guard, constraints, lambda w: np.array([0.1]), 80, np.zeros(1))
     statuses = [x.status for x in decisions]
@@ -397,7 +397,7 @@ def test_raised_by_what_a_step_showed():
     """A breach that was four times what was allowed for needs four times the L; others stay."""
     constants = Smoothness("apriori", 1.0, 1.0, 3)
     constants.raised(np.array([0, 2]), np.array([4.0, 0.0]))
-    L, errors = constants.constants(np.arange(3), None, np.array([0.5]), False)
+    L, errors = constants.constants(np.arange(3), None, np.array([0.5]))
     assert L == pytest.approx([4.0, 1.0, 1.0])
     assert errors == pytest.approx(L[:, None] * 0.25)
     constants.raised(np.array([1]), np.array([1.01]))  # at least twice
