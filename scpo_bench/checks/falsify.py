@@ -24,8 +24,10 @@ from scpo_bench.runs.agents import make_agent
 from scpo_bench.runs.environments import make_training_env
 from scpo_bench.scpo.agent import SCPO
 from scpo_bench.scpo.bank import DirectionMemory, orthonormal_bank
+from scpo_bench.scpo.certified_step import Objective
 from scpo_bench.scpo.constraints import Constraints, Exact
-from scpo_bench.scpo.guard import Decision, Guard, GuardConfig, Objective
+from scpo_bench.scpo.guard import Decision, Guard
+from scpo_bench.scpo.guard_config import GuardConfig
 from scpo_bench.suites.cells import cells, get_suite
 from scpo_bench.suites.registry import tasks
 from scpo_bench.suites.schema import default_file, load_benchmarks

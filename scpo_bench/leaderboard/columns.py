@@ -154,6 +154,12 @@ def _iterates(row: Row) -> str:
     return f"{counts} {share(row['violating_iterate_share'])}"
 
 
+def _policies(row: Row) -> str:
+    if not row["distinct_policies"]:
+        return UNKNOWN
+    return f"{row['violating_policies']}/{row['distinct_policies']}"
+
+
 def _of_planned(name: str) -> Callable[[Row], str]:
     return lambda row: f"{row[name]}/{row['seeds_planned']}"
 
@@ -317,6 +323,15 @@ COLUMNS: tuple[Column, ...] = (
     ),
     _total("evaluated_iterates", "iterates", "evaluated iterates"),
     _share("violating_iterate_share", "violating_iterates", "evaluated_iterates"),
+    _total("violating_policies", "policies", "evaluated iterates that violate and differ").headed(
+        "violating\npolicies", _policies
+    ),
+    _total("distinct_policies", "policies", "evaluated iterates that differ in their evaluation"),
+    _total("held_updates", "updates", "updates after which the evaluation is the same as before"),
+    _share("held_share", "held_updates", "evaluated_iterates").headed("held\nupdates"),
+    _largest(
+        "held_early_share", "share", "share held until the objective is within 1 % of its end"
+    ),
     Column(
         "seeds_that_violated", "seeds", "seeds with a violating iterate", _seeds_that_violated
     ).headed("seeds\nthat\nviolate", _of_planned("seeds_that_violated")),

@@ -21,9 +21,13 @@ from scpo_bench.configuration import require
 from scpo_bench.contract import Floats, probe_meter_of, task_of
 from scpo_bench.errors import UserError
 from scpo_bench.scpo.bank import Candidate
-from scpo_bench.scpo.constraints import Constraints, RolloutConfig, constraints_from
+from scpo_bench.scpo.certified_step import Objective
+from scpo_bench.scpo.constraints import Constraints, RolloutConfig
+from scpo_bench.scpo.evaluation import constraints_from
 from scpo_bench.scpo.gradient_descent import GradientDescent, GradientDescentConfig
-from scpo_bench.scpo.guard import Guard, GuardConfig, Objective
+from scpo_bench.scpo.guard import Guard
+from scpo_bench.scpo.guard_config import GuardConfig
+from scpo_bench.scpo.pointwise import Pointwise
 from scpo_bench.scpo.rollouts import BatchedRollouts, refuse_wrappers
 from scpo_bench.scpo.smoothness import Rule
 
@@ -53,7 +57,10 @@ class PointwiseConfig(SCPOConfig):
     """The defaults of agent ``scpo-pointwise``."""
 
     pointwise: bool = True
+    evaluation_starts: int = 256
     active_starts: int = 8
+    kept_starts: int = 64
+    fresh_starts: int = 128
     smoothness: Rule = "sampled"
     safety_factor: float = 1.0
     directions: int = 4096
@@ -61,7 +68,7 @@ class PointwiseConfig(SCPOConfig):
     candidates: tuple[Candidate, ...] = ()
     probe_radius: float = 0.03
     follow_steps: bool = True
-    smallest_probe: float = 0.03
+    smallest_probe: float = 0.2
     reuse: float = 0.005
     margin: float = 0.02
 
@@ -80,6 +87,8 @@ class SCPO(GradientDescent):
 
     def __init__(self, policy: Any, env: Any, **kwargs: Any) -> None:
         self._constraints: Constraints | None = None
+        # Of pointwise constraints, for when the agent is loaded.
+        self._start_states: tuple[Floats, ...] | None = None
         super().__init__(policy, env, **kwargs)
         self.guard = Guard(self.config)
 
@@ -106,7 +115,9 @@ class SCPO(GradientDescent):
                 config.constraint_noise,
                 self.seed or 0,
             )
-            self._constraints = constraints_from(rollouts, config, config.retries)
+            self._constraints = constraints_from(rollouts, config, config, self.seed or 0)
+            if isinstance(self._constraints, Pointwise) and self._start_states is not None:
+                self._constraints.start_states = self._start_states
         return self._constraints
 
     @property
@@ -133,6 +144,8 @@ class SCPO(GradientDescent):
             self.w, self.propose, self.constraints, self.rng, objective=self.objective
         )
         self.deploy(decision.w)
+        if isinstance(self._constraints, Pointwise):
+            self._start_states = self._constraints.start_states
         self.diagnostics = {**self.diagnostics, **decision.diagnostics}
 
 

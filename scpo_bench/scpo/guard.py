@@ -25,37 +25,28 @@ Source: Cao, Borrelli, Joa, arXiv 2512.13788.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from scpo_bench.configuration import require, require_choice
 from scpo_bench.contract import Floats
 from scpo_bench.errors import UserError
-from scpo_bench.scpo import smoothness
-from scpo_bench.scpo.bank import (
-    Bank,
-    Candidate,
-    DirectionMemory,
-    candidate_bank,
-    orthonormal_bank,
-)
-from scpo_bench.scpo.constraints import Constraints, by_name, describe_unsafe
-from scpo_bench.scpo.local_model import LocalModel, first_order, probe
-from scpo_bench.scpo.projection import Certificate, project
+from scpo_bench.scpo import recovery
+from scpo_bench.scpo.bank import Bank, DirectionMemory, candidate_bank, orthonormal_bank
+from scpo_bench.scpo.certified_step import Held, Objective, Search, Step
+from scpo_bench.scpo.constraints import Constraints, by_name, describe_worst
+from scpo_bench.scpo.guard_config import GuardConfig
+from scpo_bench.scpo.local_model import LocalModel, probe
+from scpo_bench.scpo.smoothness import Smoothness
 
-Mode = Literal["certified", "verified"]
-Differences = Literal["central", "forward"]
-
-# Why an update stays. converged: the bank offers no feasible descent, even if the constraints were
-# linear; coarse: the certificate is too conservative for any step; recheck: all candidates failed.
-HELD = ("converged", "coarse", "recheck")
-ARMIJO, HALVINGS = 1e-4, 20  # c1, and the shortest step 2^-20 of the projected one
-CONVERGED = 1e-6  # share of the raw step that counts as none
-NEARLY_ACTIVE = 5e-3  # of constraint values
-MISSED_AT_ONCE = 24  # violating constraints that are added to a model at a time
+OLDEST = 10  # updates that probes serve at most
+# The trust region that follows steps: at least GROW_TRUST times the last step; SHRINK_TRUST per
+# update that was held, down to SMALLEST_TRUST times the configured one.
+GROW_TRUST, SHRINK_TRUST, SMALLEST_TRUST = 2.0, 0.25, 1e-3
+DESCENDING = 256  # constraints at most that a step of the recovery phase is computed with
+PROBE_RADIUS = 1e-3  # of the recovery phase, where the paper's bank has none
 
 
 class UnsafeStartError(UserError):
@@ -63,113 +54,18 @@ class UnsafeStartError(UserError):
 
 
 @dataclass(frozen=True)
-class GuardConfig:
-    """How a proposal is probed, certified and projected. The defaults are the paper's algorithm."""
-
-    mode: Mode = "verified"
-    """certified: deploy on the strength of the certificate. verified: evaluate the step first and,
-    if it is unsafe, tighten the certificate and project again (the paper's re-check).
-    """
-    smoothness: smoothness.Rule = "adaptive"
-    """apriori: L as declared. sampled: second differences times ``safety_factor``. adaptive:
-    sampled once, then adapted.
-    """
-    L: float = 10.0
-    """The declared smoothness constant of every constraint (per squared unit of w), for
-    ``apriori``.
-    """
-    safety_factor: float = 2.0
-    """Factor on sampled second differences, and on the slopes of first-order bounds."""
-    directions: int = 2
-    """Columns m of the bank. At least the space's dimension means a complete basis."""
-    candidates: tuple[Candidate, ...] = ("previous",)
-    """What the bank holds beside the raw step, best first. previous: the last accepted step;
-    normals: running estimates of the constraints' gradients; momentum: of the steps taken; start:
-    the way back to the start policy; cost: the gradient of a cost critic's advantages, where the
-    algorithm offers one. With a ``probe_radius``, random ones fill up.
-    """
-    probe_radius: float = 0.0
-    """0 (the paper): candidates are evaluated where they are, at theta + d_j. rho > 0: they are
-    made orthonormal and evaluated at distance rho, in units of w.
-    """
-    differences: Differences = "forward"
-    """Difference quotients: forward needs m + 1 evaluations, central 2 m.
-
-    ``sampled`` smoothness always takes central ones.
-    """
-    safe_probes: bool = False
-    """Shrink rho where the last certificate does not cover it, so that probes stay inside what is
-    certified.
-    """
-    follow_steps: bool = False
-    """Shrink rho to the length of the last step: kinks that a step can reach are then within the
-    reach of the probes, and others are not.
-    """
-    smallest_probe: float = 1e-3
-    """The share of ``probe_radius`` that the two go down to: difference quotients over less mean
-    nothing where values are counts or noisy.
-    """
-    reuse: float = 0.0
-    """Complete banks: probes serve further updates until what the certificate adds to the linear
-    prediction exceeds this, in units of the constraint values. 0: every update probes.
-    """
-    trust_radius: float = 0.5
-    """The raw step is scaled down to this length, in units of w."""
-    margin: float = 0.0
-    """How far below zero the certificate is asked to stay."""
-    retries: int = 8
-    """Projections per update before it is given up and the policy stays."""
-
-    def __post_init__(self) -> None:
-        require_choice(self, "mode", get_args(Mode))
-        require_choice(self, "smoothness", get_args(smoothness.Rule))
-        require_choice(self, "differences", get_args(Differences))
-        for candidate in self.candidates:
-            require_choice(self, "candidates", get_args(Candidate), candidate)
-        for name in ("L", "trust_radius", "smallest_probe"):
-            require(self, name, above=0)
-        require(self, "safety_factor", low=1)
-        for name in ("margin", "probe_radius", "reuse"):
-            require(self, name, low=0)
-        for name in ("directions", "retries"):
-            require(self, name, low=1)
-
-
-@dataclass(frozen=True)
 class Decision:
     """What an update deploys.
 
     w: [d]. status: "unaltered" (the whole proposal), "projected", "held" (w as it was: no step was
-    deployed), or "recovered" (w had become unsafe; this is the last policy evaluated as safe).
+    deployed), "recovered" (w had become unsafe; this is the newest of the earlier policies that is
+    still found safe), or "recovering" (the start policy is unsafe, and so may this be).
     diagnostics: the numbers of this update.
     """
 
     w: Floats
-    status: Literal["unaltered", "projected", "held", "recovered"]
+    status: Literal["unaltered", "projected", "held", "recovered", "recovering"]
     diagnostics: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Objective:
-    """The task loss, for backtracking. value: w [d] -> loss; gradient: w [d] -> [d]."""
-
-    value: Callable[[Floats], float]
-    gradient: Callable[[Floats], Floats]
-
-
-@dataclass(frozen=True)
-class _Step:
-    """A certified step from the deployed policy. change: [d]. realised: [K], evaluated there.
-
-    bound and smoothness: [k], of the model's constraints. uncertainty: what the certificate
-    added to the linear prediction, at most, where a constraint is nearly active.
-    """
-
-    change: Floats
-    realised: Floats
-    bound: Floats
-    smoothness: Floats
-    uncertainty: float
 
 
 class Guard:
@@ -178,31 +74,37 @@ class Guard:
     def __init__(self, config: GuardConfig) -> None:
         self.config = config
         self.g: Floats | None = None  # [K], at the deployed policy
-        self.smoothness: smoothness.Smoothness | None = None
+        self.smoothness: Smoothness | None = None
         self.memory: DirectionMemory | None = None
         self.updates = 0
         self.exceeded = 0  # certified steps after which some g_i was above gbar_i
         self.breaches = (
             0  # of these, where it was also above what the step was certified to keep to
         )
-        self.held = dict.fromkeys(HELD, 0)  # updates that stayed, by reason
-        self.recoveries = 0  # updates that returned to the last safe policy
+        self.held = dict.fromkeys(get_args(Held), 0)  # updates that stayed, by reason
+        self.recoveries = 0  # updates that returned to an earlier policy
+        self.learned_margin = 0.0  # beside the configured one; grows with recoveries
+        self.recovery_radius = recovery.FIRST_RADIUS  # of the next step from an unsafe start
+        self.verified: list[recovery.Verified] = []  # policies to return to, the newest last
         self._model: LocalModel | None = None  # which the next update may use again
+        self._idle = 0  # updates held since the last step
+        self._stayed_for: Held = "converged"  # why the last one was
+        self._age = 0  # updates that it has served
         self._last_length = np.inf  # of the last step; halved for each update without one
-        self._safe: tuple[Floats, Floats] | None = None  # (w, g) of the last safe policy
+        self._trust = config.trust_radius
 
     def start(self, w: Floats, constraints: Constraints) -> Floats:
         """Evaluate the policy that training starts from, once. Returns g [K] at the present policy.
 
-        Raises :class:`UnsafeStartError` if it violates a constraint.
+        Raises :class:`UnsafeStartError` if it violates a constraint, unless ``config.recovery``;
+        UserError if a constraint has no value (NaN).
         """
         if self.g is None:
-            constraints.begin_update(0)
-            self.g = constraints.evaluate(w)
-        if (self.g > 0).any() and self._safe is None:
+            self.g = _known(constraints.begin_update(0, w, None), constraints)
+        if (self.g > 0).any() and not self.verified and not self.config.recovery:
             raise UnsafeStartError(
-                f"SCPO: the start policy is unsafe: {describe_unsafe(constraints, self.g)}; "
-                "start from a safe policy"
+                f"SCPO: the start policy is unsafe: {describe_worst(constraints, self.g)}; "
+                "start from a safe policy, or set recovery to make it safe first"
             )
         return self.g
 
@@ -217,27 +119,83 @@ class Guard:
     ) -> Decision:
         """One update of the deployed policy w [d].
 
-        propose: returns the proposed change of w [d], the raw step; it is called only if w is safe.
-        cost_gradients: the candidates "cost". objective: without one, steps are not backtracked.
-        Raises :class:`UnsafeStartError` in the first update if w is unsafe.
+        propose: returns the proposed change of w [d], the raw step; it is not called to return from
+        an unsafe w to an earlier policy. cost_gradients: the candidates "cost". objective: without
+        one, steps are not backtracked. Raises what :meth:`start` does.
         """
         g = self.start(w, constraints)
         self.updates += 1
-        if constraints.begin_update(self.updates):
-            # The noise is new: what was accepted under the old noise is evaluated again.
-            g = constraints.evaluate(w)
-        if (g > 0).any():
-            return self._recover()
-        self._safe = w, g
-        return self._project(w, g, propose(), constraints, rng, cost_gradients, objective)
+        self.learned_margin *= recovery.DECAY
+        g = _known(constraints.begin_update(self.updates, w, g), constraints)
+        if len(constraints.changed):
+            self._forget(constraints.changed, g)
+        if (g <= 0).all():
+            self.verified = recovery.pushed(self.verified, recovery.Verified(w, g))
+            return self._project(w, g, propose(), constraints, rng, cost_gradients, objective)
+        if self.verified:
+            return self._recover(w, constraints)
+        return self._leave_unsafe_start(w, g, propose(), constraints, rng, cost_gradients)
 
-    def _recover(self) -> Decision:
-        """Back to the last safe policy: from an unsafe one nothing can be certified."""
-        assert self._safe is not None
-        w, self.g = self._safe
+    def _forget(self, changed: NDArray[np.intp], g: Floats) -> None:
+        """What was learned of constraints that others have replaced."""
+        if self.smoothness is not None:
+            self.smoothness.forget(changed)
+        if self._model is not None:
+            self._model = self._model.without(changed, g)
+
+    def _recover(self, failed: Floats, constraints: Constraints) -> Decision:
+        """Back to an earlier policy: from an unsafe one nothing can be certified."""
+        again = constraints.noisy or len(constraints.changed) > 0
+        self.verified = recovery.fall_back(
+            self.verified, failed, lambda old: constraints.evaluate(old.w) if again else old.g
+        )
         self.recoveries += 1
+        self._model = None
+        if again:
+            self.learned_margin = recovery.margin_after_return(self.learned_margin)
+        w, self.g = self.verified[-1].w, self.verified[-1].g
         diagnostics = {"recoveries": float(self.recoveries), "step_norm": 0.0}
         return Decision(w, "recovered", diagnostics)
+
+    def _leave_unsafe_start(
+        self,
+        w: Floats,
+        g: Floats,
+        proposal: Floats,
+        constraints: Constraints,
+        rng: np.random.Generator,
+        cost_gradients: Sequence[Floats],
+    ) -> Decision:
+        """One update of the recovery phase. The proposal is a direction among others."""
+        config = self.config
+        self.memory = self.memory or DirectionMemory.empty(len(constraints.names), len(w))
+        others = self.memory.candidates(w, config.candidates, cost_gradients)
+        radius = config.probe_radius or PROBE_RADIUS
+        bank = orthonormal_bank(proposal, others, max(config.directions, 8), radius, rng)
+        model = probe(constraints, w, g, constraints.nearest(g), bank, central=True)
+        worst = np.argsort(-g[model.rows], kind="stable")[:DESCENDING]
+        step = recovery.descend(
+            g,
+            model.rows[worst],
+            model.slopes[worst],
+            lambda z: _known(constraints.evaluate(w + bank.step(z)), constraints),
+            radius=min(self.recovery_radius, config.trust_radius),
+            margin=config.margin,
+            retries=config.retries,
+        )
+        change = bank.step(step.z)
+        self.g, self.recovery_radius = step.g, step.radius
+        self.memory = self.memory.with_normals(bank, _steepest(model, constraints)).with_step(
+            change
+        )
+        diagnostics = {
+            "recovering": 1.0,
+            "target_violation": step.target,
+            "step_norm": float(np.linalg.norm(change)),
+        }
+        for name, value in zip(constraints.names, by_name(constraints, step.g, np.arange(len(g)))):
+            diagnostics[f"realised/{name}"] = float(value)
+        return Decision(w + change, "recovering", diagnostics)
 
     def _project(
         self,
@@ -251,48 +209,86 @@ class Guard:
     ) -> Decision:
         """The certified step closest to ``proposal`` [d] among the combinations of a bank."""
         config = self.config
-        length = float(np.linalg.norm(proposal))
-        raw = proposal * min(1.0, config.trust_radius / length) if length > 0 else proposal
-        if self.smoothness is None:
-            self.smoothness = smoothness.Smoothness(
-                config.smoothness, config.L, config.safety_factor, len(g)
-            )
-        if self.memory is None:
+        if self.memory is None or self.smoothness is None:
             self.memory = DirectionMemory.empty(len(constraints.names), len(w))
-
-        model, exceeded = self._model, self.exceeded
-        taken: _Step | str = "converged" if length == 0 else "coarse"
-        if length > 0 and model is not None:
-            taken = self._step(model, w, raw, constraints, objective)
-            model = self._model
-        if length > 0 and not isinstance(taken, _Step):
-            # Without a model, or where the one of earlier probes leads no further.
-            bank = self._bank(w, g, raw, cost_gradients, rng)
-            self._model = self._probed(w, g, bank, constraints.nearest(g), constraints)
-            self.memory = self.memory.with_normals(bank, _steepest(self._model, constraints))
-            taken = self._step(self._model, w, raw, constraints, objective)
-        if self.exceeded == exceeded:
+            self.smoothness = Smoothness(config.smoothness, config.L, config.safety_factor, len(g))
+        length = float(np.linalg.norm(proposal))
+        raw = proposal * min(1.0, self._trust / max(length, 1e-300))
+        search = Search(config, constraints, self.smoothness, self.learned_margin, objective)
+        taken: Step | Held = self._stayed_for if length > 0 else "converged"
+        if length > 0 and not self._waits():
+            taken = self._search(search, w, g, raw, rng, cost_gradients)
+        self.exceeded += search.exceeded
+        self.breaches += search.breaches
+        if not search.exceeded:
             self.smoothness.relax()
-
-        model = self._model
-        diagnostics = {"proposal_norm": length, "step_norm": 0.0}
-        if isinstance(taken, _Step):
-            self.g = taken.realised
-            self.memory = self.memory.with_step(taken.change)
-            diagnostics["step_norm"] = self._last_length = float(np.linalg.norm(taken.change))
-            if taken.uncertainty >= config.reuse or not (model and model.bank.complete):
-                self._model = None
+        if isinstance(taken, Step):
+            self._took(taken, search.model)
         else:
-            self.g = g
-            self.held[taken] += 1
-            self._last_length /= 2
-            if config.reuse == 0 or taken != "converged":
-                self._model = None
-        diagnostics |= self._diagnostics(taken, g, model, constraints)
-        if not isinstance(taken, _Step):
+            self._stayed(taken, g, search.model)
+        diagnostics = {
+            "proposal_norm": length,
+            **self._diagnostics(taken, g, search.model, constraints),
+        }
+        if not isinstance(taken, Step):
             return Decision(w, "held", diagnostics)
-        whole = length <= config.trust_radius and np.array_equal(taken.change, raw)
+        whole = np.array_equal(taken.change, proposal)
         return Decision(w + taken.change, "unaltered" if whole else "projected", diagnostics)
+
+    def _waits(self) -> bool:
+        """Whether to hold this update like those before it, without trying again.
+
+        Where probes are reused to save steps, the n-th update after one that was held tries only if
+        n is a power of two: the policy is the same, and the proposal nearly so.
+        """
+        return self.config.reuse > 0 and self._idle & (self._idle - 1) != 0
+
+    def _search(
+        self,
+        search: Search,
+        w: Floats,
+        g: Floats,
+        raw: Floats,
+        rng: np.random.Generator,
+        cost_gradients: Sequence[Floats],
+    ) -> Step | Held:
+        """By the model of earlier probes, or by a new one where that leads no further."""
+        assert self.memory is not None
+        if self._model is not None:
+            taken = search.run(self._model, w, raw)
+            if isinstance(taken, Step) or np.array_equal(self._model.w, w):
+                return taken
+        bank = self._bank(w, g, raw, cost_gradients, rng)
+        model = search.probed(w, g, bank, search.constraints.nearest(g))
+        self.memory = self.memory.with_normals(bank, _steepest(model, search.constraints))
+        self._age = 0
+        return search.run(model, w, raw)
+
+    def _took(self, step: Step, model: LocalModel | None) -> None:
+        """Remember a step, and the model if it is of further use."""
+        config = self.config
+        assert model is not None
+        assert self.memory is not None
+        self.g, self.memory = step.realised, self.memory.with_step(step.change)
+        self._last_length, self._idle = step.reach, 0
+        if config.follow_steps:
+            self._trust = min(config.trust_radius, max(self._trust, GROW_TRUST * step.reach))
+        self._age += 1
+        spent = step.uncertainty >= config.reuse or self._age >= OLDEST
+        self._model = None if spent or not model.bank.complete else model
+
+    def _stayed(self, reason: Held, g: Floats, model: LocalModel | None) -> None:
+        """Remember why the policy stays, and relax what caused it."""
+        config = self.config
+        self.g = g
+        self.held[reason] += 1
+        self._stayed_for = reason
+        self._idle += 1
+        self._last_length /= 2
+        if config.follow_steps and reason != "converged":
+            self._trust = max(SHRINK_TRUST * self._trust, SMALLEST_TRUST * config.trust_radius)
+        self._age += 1
+        self._model = model if config.reuse > 0 and self._age < OLDEST else None
 
     # ---- the bank and its probes
 
@@ -332,140 +328,39 @@ class Guard:
         root = -2 * g / np.maximum(slope + np.sqrt(slope**2 - 2 * L * g), 1e-300)
         return max(min(rho, float(root.min())), smallest)
 
-    def _probed(
-        self,
-        w: Floats,
-        g: Floats,
-        bank: Bank,
-        rows: NDArray[np.intp],
-        constraints: Constraints,
-    ) -> LocalModel:
-        assert self.smoothness is not None
-        central = self.config.differences == "central" or self.smoothness.samples
-        return probe(constraints, w, g, rows, bank, central)
-
-    # ---- from a model to a step
-
-    def _step(
-        self,
-        model: LocalModel,
-        w: Floats,
-        raw: Floats,
-        constraints: Constraints,
-        objective: Objective | None,
-    ) -> _Step | str:
-        """A step from w that the model certifies, or why there is none (a key of HELD)."""
-        config = self.config
-        assert self.smoothness is not None
-        # The paper's mode with a declared L corrects nothing: a breach is only recorded.
-        correct = config.mode == "verified" or config.smoothness != "apriori"
-        target = model.bank.basis.T @ (w - model.w + raw)
-        reach = float(np.linalg.norm(target))
-        reason = "recheck"
-        for _ in range(config.retries):
-            # In verified mode noise in the slopes costs a retry, not safety; in certified mode the
-            # certificate has to cover it.
-            certificate = model.certificate(self.smoothness, config.mode == "certified")
-            far = first_order(certificate, reach, config.safety_factor) <= -config.margin
-            result = project(certificate.rows(~far), target, config.margin)
-            z, change = self._backtrack(model, w, result.z, objective)
-            if result.status == "inactive" and np.allclose(change, raw, rtol=1e-12, atol=0):
-                change = raw  # to the last bit
-            if not change.any():
-                converged = self._converged(certificate.rows(~far), target, model, w)
-                reason = "converged" if converged else "coarse"
-                break
-            realised = constraints.evaluate(w + change)
-            bound = np.where(
-                far,
-                first_order(certificate, model.bank.length(z), config.safety_factor),
-                certificate.bound(z),
-            )
-            exceeded = realised[model.rows] > bound
-            ceiling = np.maximum(model.values[model.rows], -config.margin)
-            self.exceeded += bool(exceeded.any())
-            self.breaches += bool((exceeded & (realised[model.rows] > ceiling)).any())
-            if correct and exceeded.any():
-                gained = realised[model.rows] - certificate.linear(z)
-                allowed = np.maximum(certificate.uncertainty(z), 1e-300)
-                self.smoothness.raised(model.rows, np.where(exceeded, gained / allowed, 0.0))
-            if config.mode == "certified" or (realised <= 0).all():
-                near = ~far & (bound > -config.margin - NEARLY_ACTIVE)
-                uncertainty = certificate.uncertainty(z)[near].max(initial=0.0)
-                return _Step(change, realised, bound, certificate.smoothness, float(uncertainty))
-            model = self._with_missed(model, realised, constraints)
-        return reason
-
-    def _with_missed(
-        self, model: LocalModel, realised: Floats, constraints: Constraints
-    ) -> LocalModel:
-        """The model with the constraints that violate and were not probed."""
-        known = np.zeros(len(realised), dtype=bool)
-        known[model.rows] = True
-        missed = np.flatnonzero((realised > 0) & ~known)
-        if not len(missed):
-            return model
-        worst = missed[np.argsort(-realised[missed])[:MISSED_AT_ONCE]]
-        rows = constraints.beside(worst)
-        more = self._probed(model.w, model.values, model.bank, rows, constraints)
-        self._model = model.extended(more)
-        return self._model
-
-    def _backtrack(
-        self, model: LocalModel, w: Floats, z: Floats, objective: Objective | None
-    ) -> tuple[Floats, Floats]:
-        """(coordinates, change of w [d]): the step to z, halved until the loss falls enough.
-
-        Armijo's rule. w and w + change are certified and the set is convex, so a shorter step is
-        certified too. A step that is no descent, or is halved too often, becomes 0.
-        """
-        before = model.bank.coordinates(w - model.w)
-        change = model.bank.step(z - before)
-        if objective is None or not change.any():
-            return z, change
-        slope = float(objective.gradient(w) @ change)
-        loss, t = objective.value(w), 1.0
-        for _ in range(HALVINGS if slope < 0 else 0):
-            if objective.value(w + t * change) <= loss + ARMIJO * t * slope:
-                return before + t * (z - before), t * change
-            t *= 0.5
-        return before, np.zeros_like(change)
-
-    def _converged(
-        self, certificate: Certificate, target: Floats, model: LocalModel, w: Floats
-    ) -> bool:
-        """Whether the bank offers no step even if the constraints were linear."""
-        certain = replace(
-            certificate,
-            slope_errors=np.zeros_like(certificate.slope_errors),
-            smoothness=np.zeros_like(certificate.smoothness),
-        )
-        z = project(certain, target, self.config.margin).z
-        moved = z - model.bank.coordinates(w - model.w)
-        return bool(model.bank.length(moved) <= CONVERGED * np.linalg.norm(target))
-
     def _diagnostics(
-        self, taken: _Step | str, g: Floats, model: LocalModel | None, constraints: Constraints
+        self, taken: Step | Held, g: Floats, model: LocalModel | None, constraints: Constraints
     ) -> dict[str, float]:
         numbers = {
+            "step_norm": float(np.linalg.norm(taken.change)) if isinstance(taken, Step) else 0.0,
             "breaches": float(self.breaches),
             "exceeded": float(self.exceeded),
             "held": float(sum(self.held.values())),
             **{f"held/{reason}": float(count) for reason, count in self.held.items()},
             "recoveries": float(self.recoveries),
+            **({"learned_margin": self.learned_margin} if self.recoveries else {}),
         }
         if model is not None and self.config.safe_probes:
             numbers["probe_radius"] = float(model.bank.lengths[0])
         everything = np.arange(len(g))
         shown = {"bound": (g, everything), "realised": (g, everything)}
-        if isinstance(taken, _Step) and model is not None:
-            shown["bound"], shown["L"] = (taken.bound, model.rows), (taken.smoothness, model.rows)
+        if isinstance(taken, Step) and model is not None:
+            certified = np.where(np.isfinite(taken.bound), taken.bound, -np.inf)
+            shown["bound"], shown["L"] = (certified, model.rows), (taken.smoothness, model.rows)
             shown["realised"] = (taken.realised, everything)
         for kind, (values, rows) in shown.items():
             for name, value in zip(constraints.names, by_name(constraints, values, rows)):
                 if np.isfinite(value):
                     numbers[f"{kind}/{name}"] = float(value)
         return numbers
+
+
+def _known(g: Floats, constraints: Constraints) -> Floats:
+    """g [K]; UserError if it holds a NaN, which would pass for safe and be unsafe at once."""
+    if np.isnan(g).any():
+        name = constraints.names[constraints.group[int(np.argmax(np.isnan(g)))]]
+        raise UserError(f"SCPO: constraint '{name}' has value nan; expected a number")
+    return g
 
 
 def _steepest(model: LocalModel, constraints: Constraints) -> Floats:

@@ -13,6 +13,9 @@ from scpo_bench.scpo.constraints import Constraints
 from scpo_bench.scpo.projection import FIRST, Certificate
 from scpo_bench.scpo.smoothness import Smoothness, curvatures
 
+STEEPNESS = 2.0  # of first-order bounds, times the slopes that were seen
+WILD = 50.0
+
 
 @dataclass(frozen=True)
 class LocalModel:
@@ -31,13 +34,37 @@ class LocalModel:
     noise: Floats
     curvatures: Floats | None
 
-    def certificate(self, smoothness: Smoothness, with_noise: bool) -> Certificate:
-        """gbar of the probed constraints. with_noise: also for the slopes' noise."""
+    def certificate(
+        self, smoothness: Smoothness, with_noise: bool, rounding: Floats | float = 0.0
+    ) -> Certificate:
+        """gbar of the probed constraints.
+
+        with_noise: also for the slopes' noise. rounding: how far off the values may be [K].
+        """
         bank = self.bank
         L, errors = smoothness.constants(self.rows, self.curvatures, bank.lengths)
         if with_noise:
             errors = errors + self.noise
+        if np.any(rounding):
+            errors = errors + np.outer(2 * np.broadcast_to(rounding, len(L)), 1 / bank.lengths)
         return Certificate(self.values[self.rows], self.slopes, errors, L, bank.factor)
+
+    def without(self, changed: NDArray[np.intp], values: Floats) -> LocalModel:
+        """This model without constraints that others have replaced, whose values are now known.
+
+        values: [K], at the deployed policy.
+        """
+        kept = ~np.isin(self.rows, changed)
+        known = self.values.copy()
+        known[changed] = values[changed]
+        return replace(
+            self,
+            values=known,
+            rows=self.rows[kept],
+            slopes=self.slopes[kept],
+            noise=self.noise[kept],
+            curvatures=None if self.curvatures is None else self.curvatures[kept],
+        )
 
     def extended(self, other: LocalModel) -> LocalModel:
         """This model with the constraints that were probed for another one around the same w."""
@@ -82,14 +109,51 @@ def probe(
     )
 
 
-def first_order(certificate: Certificate, reach: float, factor: float) -> Floats:
-    """g_i + Lambda_i reach: [k], a bound for steps no longer than ``reach``.
+class FirstOrder:
+    """Which constraints a first-order bound serves better than the certificate.
 
-    Lambda_i is ``factor`` times the length of the slope and its errors. Where the constraint is far
-    from its bound this may say more than the certificate: at a kink curvature is no guide. Few
-    constraints are not worth it: then all are infinite.
+    Where an action saturates, or trajectories part, curvature is no guide: a constraint far from
+    its bound would still allow no step. Its first-order bound g_i + Lambda_i |D xi|, with Lambda_i
+    STEEPNESS times the length of its slopes and their errors, allows |D xi| <= r_i. If that is more
+    than the certificate allows in every direction, the step is confined to the smallest such r_i
+    instead, and constraints with larger r_i need not be looked at. Only for many constraints: the
+    few that tasks have otherwise are all near their bounds.
+
+    radius: what the step is confined to. bounded: [k], the constraints that this bounds.
     """
-    if len(certificate.values) <= FIRST:
-        return np.full(len(certificate.values), np.inf)
-    steepest = np.linalg.norm(np.abs(certificate.slopes) + certificate.slope_errors, axis=1)
-    return certificate.values + factor * steepest * reach
+
+    def __init__(self, certificate: Certificate, margin: Floats, reach: float) -> None:
+        """margin: [k]; reach: the length that the step has at most without this."""
+        k = len(certificate.values)
+        self.radius, self.bounded = reach, np.zeros(k, dtype=bool)
+        self._certificate = certificate
+        if k <= FIRST:
+            return
+        slack = np.maximum(-margin - certificate.values, 0.0)
+        steepness = np.linalg.norm(np.abs(certificate.slopes) + certificate.slope_errors, axis=1)
+        self._steepness = STEEPNESS * steepness
+        allowed = slack / np.maximum(self._steepness, 1e-300)
+        root = np.sqrt(steepness**2 + 2 * certificate.smoothness * slack)
+        by_certificate = 2 * slack / np.maximum(steepness + root, 1e-300)
+        # Only what confines the step for good reason: not what is at its bound already.
+        better = (allowed > by_certificate) & (allowed < reach)
+        self.radius = float(allowed[better].min(initial=reach))
+        self.bounded = allowed >= self.radius
+
+    def bound(self, z: Floats, length: float) -> Floats:
+        """[k]: what is certified of each constraint at z [m], a step of that length."""
+        bound = self._certificate.bound(z)
+        if self.bounded.any():
+            values = self._certificate.values + self._steepness * length
+            bound[self.bounded] = values[self.bounded]
+        return bound
+
+
+def wild(certificate: Certificate) -> NDArray[np.bool_]:
+    """[k]: constraints whose curvature is no guide, more than WILD times the median of all.
+
+    A trajectory near the border between two basins may end in either, however small the step; its
+    certificate allows none. Few constraints have no meaningful median: then none is.
+    """
+    L = certificate.smoothness
+    return np.greater(L, WILD * np.median(L) if len(L) > FIRST else np.inf)

@@ -240,8 +240,8 @@ def _solve(
     P[:m, :m] = np.triu(2.0 * R.T @ R)
     cost = np.append(-2.0 * R.T @ target / length, np.zeros(n - m))
     cones = [clarabel.NonnegativeConeT(linear), clarabel.SecondOrderConeT(m + 2)]
-    P, A = sparse.csc_matrix(P), sparse.csc_matrix(A)
-    solver = clarabel.DefaultSolver(P, cost, A, b, cones, _SETTINGS)
+    matrices = sparse.csc_matrix(P), sparse.csc_matrix(A)
+    solver = clarabel.DefaultSolver(matrices[0], cost, matrices[1], b, cones, _SETTINGS)
     solution = solver.solve()
     # Where it fails, the last iterate may be anything: what follows makes a certified step of it.
     return np.nan_to_num(np.array(solution.x[:m])) * length, solution.iterations

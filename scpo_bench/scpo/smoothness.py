@@ -79,6 +79,11 @@ class Smoothness:
         factor = np.where(excess > 1, np.maximum(GROW, excess), 1.0)
         self._scale[rows] = self._scale[rows] * factor
 
+    def forget(self, rows: NDArray[np.intp]) -> None:
+        """What was learned of constraints that others have replaced."""
+        if self.rule == "sampled" and self._scale is not None:
+            self._scale[rows] = 1.0
+
     def relax(self) -> None:
         """After an update without a breach, held ones included: a bit lower."""
         if self.rule == "apriori" or self._scale is None:
