@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from scpo_bench.checks.known_functions import KnownFunctions
 from scpo_bench.scpo.bank import DirectionMemory, candidate_bank, orthonormal_bank
+from scpo_bench.scpo.certified_step import Objective
 from scpo_bench.scpo.constraints import Exact
-from scpo_bench.scpo.guard import Guard, GuardConfig, Objective, UnsafeStartError
-from scpo_bench.scpo.local_model import first_order
+from scpo_bench.scpo.guard import OLDEST, Guard, UnsafeStartError
+from scpo_bench.scpo.guard_config import GuardConfig
+from scpo_bench.scpo.local_model import FirstOrder, wild
 from scpo_bench.scpo.projection import Certificate
 from scpo_bench.scpo.smoothness import Smoothness, curvatures
 
@@ -147,12 +150,10 @@ def test_a_value_above_its_bound_is_a_breach_only_above_what_was_certified():
 
 
 def test_verified_mode_deploys_only_what_was_evaluated_as_safe():
-    """An adapted L falls until it is too small: breaches happen, but no deployed policy violates."""
+    """An adapted L falls until it is too small: breaches, but no deployed policy violates."""
     rng = np.random.default_rng(1)
     functions = KnownFunctions(5, 3, rng)
-    guard = Guard(
-        GuardConfig(safety_factor=1.0, trust_radius=2.0, directions=5, probe_radius=1e-3)
-    )
+    guard = Guard(GuardConfig(safety_factor=1.0, trust_radius=2.0, directions=5, probe_radius=1e-3))
     constraints = Exact(functions.names, functions)
     decisions = drive(guard, constraints, lambda w: rng.normal(size=5), 300, np.zeros(5))
     assert guard.exceeded >= guard.breaches > 3
@@ -214,9 +215,9 @@ def test_no_proposal_is_made_from_an_unsafe_policy():
     class Redrawn(Exact):
         """Noise: every update evaluates the deployed policy again."""
 
-        def begin_update(self, update):
+        def begin_update(self, update, w, g):
             self.update = update
-            return True
+            return self.evaluate(w)
 
     constraints = Redrawn(("g",), lambda w: (w - 1) + 10.0 * (constraints.update == 2))
     guard = certified(L=1e-9, trust_radius=10.0)
@@ -267,9 +268,7 @@ def test_a_step_along_which_the_loss_rises_is_shortened():
     """
     objective, descent = quadratic_loss(10.0, np.zeros(1))
     guard = certified(L=1e-9, trust_radius=100.0)
-    (decision,) = drive(
-        guard, linear([1.0], 100.0), descent, 1, np.ones(1), objective=objective
-    )
+    (decision,) = drive(guard, linear([1.0], 100.0), descent, 1, np.ones(1), objective=objective)
     assert decision.w == pytest.approx([1 - 10 / 8])
     assert decision.status == "projected"
 
@@ -335,6 +334,7 @@ def test_what_was_held_moves_again(rule):
     """
     constraints = Exact(("g",), lambda w: -w + w**2 / 2)
     guard = Guard(GuardConfig(smoothness=rule))
+    guard.memory = DirectionMemory.empty(1, 1)
     guard.smoothness = Smoothness(rule, 1.0, 1.0, 1)
     guard.smoothness.constants(np.arange(1), np.ones((1, 1)), np.ones(1))
     guard.smoothness.raised(np.arange(1), np.array([1e6]))
@@ -398,7 +398,7 @@ def test_raised_by_what_a_step_showed():
     constants = Smoothness("apriori", 1.0, 1.0, 3)
     constants.raised(np.array([0, 2]), np.array([4.0, 0.0]))
     L, errors = constants.constants(np.arange(3), None, np.array([0.5]))
-    assert L == pytest.approx([4.0, 1.0, 1.0])
+    assert pytest.approx([4.0, 1.0, 1.0]) == L
     assert errors == pytest.approx(L[:, None] * 0.25)
     constants.raised(np.array([1]), np.array([1.01]))  # at least twice
     assert constants.known(0.0) == pytest.approx([4.0, 2.0, 1.0])
@@ -431,18 +431,39 @@ def test_safe_probes_stay_inside_the_certificate():
     assert guard._radius(np.array([-1e-9]), memory) == 0.5 * 0.01
 
 
-def test_first_order_bounds_drop_only_what_is_far():
-    """100 values from -100 to -1, slope (3, 4): no step of length 2 raises one by more than 10."""
+def test_first_order_bounds_confine_the_step_and_drop_only_what_is_far():
+    """100 values from -100 to -1, slope (3, 4), huge L: twice the slope, 10 per unit of length.
+
+    The nearest allows a step of 0.1 by that, less by its curvature; the step is confined to it, and
+    at that length none of them rises above 0, so that none needs the certificate.
+    """
     values = np.linspace(-100, -1, 100)
     slopes = np.tile([3.0, 4.0], (100, 1))
     certificate = Certificate(values, slopes, np.zeros((100, 2)), np.full(100, 1e9), np.eye(2))
-    assert first_order(certificate, 2.0, 1.0) == pytest.approx(values + 10)
-    assert first_order(certificate, 2.0, 3.0) == pytest.approx(values + 30)
-    few = certificate.rows(np.arange(10))
-    assert np.isinf(first_order(few, 2.0, 1.0)).all()
-    errors = np.full((100, 2), 1.0)
-    wide = Certificate(values, slopes, errors, np.zeros(100), np.eye(2))
-    assert first_order(wide, 1.0, 1.0) == pytest.approx(values + np.sqrt(16 + 25))
+    kinked = FirstOrder(certificate, np.zeros(100), 2.0)
+    assert kinked.radius == pytest.approx(0.1)
+    assert kinked.bounded.all()
+    z = np.array([0.06, 0.08])
+    assert kinked.bound(z, 0.1) == pytest.approx(values + 1)
+    margin = FirstOrder(certificate, np.full(100, 0.5), 2.0)
+    assert margin.radius == pytest.approx(0.05)
+    # Where curvature says more, nothing is confined, and only what no step can reach is dropped.
+    smooth = replace(certificate, smoothness=np.full(100, 1e-3))
+    wide = FirstOrder(smooth, np.zeros(100), 2.0)
+    assert wide.radius == 2.0
+    assert np.array_equal(wide.bounded, values <= -20)
+    assert wide.bound(z, 0.1)[-1] == smooth.bound(z)[-1]
+    few = FirstOrder(certificate.rows(np.arange(10)), np.zeros(10), 2.0)
+    assert (few.radius, few.bounded.any()) == (2.0, False)
+
+
+def test_wild_curvature_is_relative_to_the_others():
+    """More than 50 times the median, where there are enough for one to mean something."""
+    L = np.ones(100)
+    L[3], L[5] = 49.0, 51.0
+    certificate = Certificate(-L, np.zeros((100, 1)), np.zeros((100, 1)), L, np.eye(1))
+    assert np.flatnonzero(wild(certificate)).tolist() == [5]
+    assert not wild(certificate.rows(np.arange(10))).any()
 
 
 # ---- probes that serve several updates
@@ -466,15 +487,16 @@ def slides(constraints, w, **config):
             mode="certified", smoothness="sampled", directions=3, probe_radius=1e-3, **config
         )
     )
-    return guard, drive(guard, constraints, lambda w: 0.03 * (rng.normal(size=3) + [0.5, 1, -0.5]), 20, w)
+    towards = np.array([0.5, 1.0, -0.5])
+    return guard, drive(guard, constraints, lambda w: 0.03 * (rng.normal(size=3) + towards), 20, w)
 
 
-def test_a_linear_constraint_is_probed_once():
-    """In 20 updates nothing new is to be learned of it; every step is certified all the same."""
+def test_a_linear_constraint_is_probed_only_when_its_probes_are_old():
+    """Nothing new is to be learned of it; every step is certified all the same."""
     normal = np.array([1.0, 2.0, -1.0])
     constraints = Counted(("plane",), lambda w: (w @ normal - 0.05)[:, None])
     _, decisions = slides(constraints, np.zeros(3), reuse=0.05, margin=0.01)
-    assert constraints.probed == 1
+    assert constraints.probed == 20 / OLDEST
     assert [x.status for x in decisions].count("projected") > 3
     for decision in decisions:
         bound = decision.diagnostics["bound/plane"]

@@ -102,19 +102,19 @@ def paper_problem(rng, d, m, k):
     return D, g0, G, rng.exponential(1.0, k), D[:, 0]
 
 
-def projected_by_us(D, g0, G, l, raw, margin=0.0):
+def projected_by_us(D, g0, G, ell, raw, margin=0.0):
     """xi [m] for the problem in the paper's terms, by way of the bank's unit columns."""
     lengths = np.linalg.norm(D, axis=0)
     Q, R = np.linalg.qr(D / lengths)
     slopes = (G - g0[:, None]) / lengths
-    certificate = Certificate(g0, slopes, np.outer(l, lengths / 2), l, R)
+    certificate = Certificate(g0, slopes, np.outer(ell, lengths / 2), ell, R)
     return project(certificate, Q.T @ raw, margin).z / lengths
 
 
-def equation_29(xi, D, g0, G, l):
-    """[k]: (1 - 1'xi) g0 + G xi + (l/2) [xi'S xi + |xi|'diag(S)], with NumPy."""
+def equation_29(xi, D, g0, G, ell):
+    """[k]: (1 - 1'xi) g0 + G xi + (ell / 2) [xi'S xi + |xi|'diag(S)], with NumPy."""
     S = D.T @ D
-    return (1 - xi.sum()) * g0 + G @ xi + l / 2 * (xi @ S @ xi + np.abs(xi) @ np.diag(S))
+    return (1 - xi.sum()) * g0 + G @ xi + ell / 2 * (xi @ S @ xi + np.abs(xi) @ np.diag(S))
 
 
 @pytest.mark.parametrize("k", [1, 5, 40, 2000])
@@ -126,13 +126,13 @@ def test_equation_29_as_the_paper_states_it(k, margin):
     """
     rng, active = np.random.default_rng(k), 0
     for _ in range(2 if k > 1000 else 8):
-        D, g0, G, l, raw = paper_problem(rng, 6, int(rng.integers(2, 5)), k)
-        xi = projected_by_us(D, g0, G, l, raw, margin)
+        D, g0, G, ell, raw = paper_problem(rng, 6, int(rng.integers(2, 5)), k)
+        xi = projected_by_us(D, g0, G, ell, raw, margin)
         ceiling = np.maximum(g0, -margin)
-        assert (equation_29(xi, D, g0, G, l) <= ceiling + 1e-12).all()
+        assert (equation_29(xi, D, g0, G, ell) <= ceiling + 1e-12).all()
         x, S = cp.Variable(len(xi)), D.T @ D
         quadratic = cp.quad_form(x, cp.psd_wrap(S)) + cp.abs(x) @ np.diag(S)
-        region = (1 - cp.sum(x)) * g0 + G @ x + cp.multiply(l / 2, quadratic) <= ceiling
+        region = (1 - cp.sum(x)) * g0 + G @ x + cp.multiply(ell / 2, quadratic) <= ceiling
         best = solved(cp.Problem(cp.Minimize(cp.sum_squares(D @ x - raw)), [region]))
         assert np.sum((D @ xi - raw) ** 2) - best <= 1e-7 * raw @ raw
         active += best > 1e-3 * raw @ raw
@@ -179,7 +179,7 @@ def test_slope_error_and_curvature_by_hand():
 
 
 def test_bound_by_hand():
-    """gbar for two columns at 60 degrees: |R z|^2 = z1^2 + z1 z2 + z2^2, each column's own error."""
+    """Two columns at 60 degrees: |R z|^2 = z1^2 + z1 z2 + z2^2, and each column's own error."""
     R = np.array([[1.0, 0.5], [0.0, np.sqrt(0.75)]])
     certificate = Certificate(
         np.array([-2.0]), np.array([[1.0, -3.0]]), np.array([[0.25, 0.5]]), np.array([4.0]), R
@@ -207,7 +207,11 @@ def test_the_size_of_the_proposal_does_not_spoil_the_scaling(scale):
         one = project(c, target)
         other = project(
             Certificate(
-                c.values, c.slopes / scale, c.slope_errors / scale, c.smoothness / scale**2, c.factor
+                c.values,
+                c.slopes / scale,
+                c.slope_errors / scale,
+                c.smoothness / scale**2,
+                c.factor,
             ),
             target * scale,
         )
