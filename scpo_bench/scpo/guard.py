@@ -346,8 +346,7 @@ class Guard:
         everything = np.arange(len(g))
         shown = {"bound": (g, everything), "realised": (g, everything)}
         if isinstance(taken, Step) and model is not None:
-            certified = np.where(np.isfinite(taken.bound), taken.bound, -np.inf)
-            shown["bound"], shown["L"] = (certified, model.rows), (taken.smoothness, model.rows)
+            shown["bound"], shown["L"] = (taken.bound, model.rows), (taken.smoothness, model.rows)
             shown["realised"] = (taken.realised, everything)
         for kind, (values, rows) in shown.items():
             for name, value in zip(constraints.names, by_name(constraints, values, rows)):
