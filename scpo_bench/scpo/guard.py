@@ -151,7 +151,7 @@ class Guard:
         )
         self.recoveries += 1
         self._model = None
-        if again:
+        if constraints.noisy:
             self.learned_margin = recovery.margin_after_return(self.learned_margin)
         w, self.g = self.verified[-1].w, self.verified[-1].g
         diagnostics = {"recoveries": float(self.recoveries), "step_norm": 0.0}
