@@ -11,6 +11,7 @@ from scpo_bench.scpo.constraints import NONE
 from scpo_bench.scpo.rollouts import BatchedRollouts
 
 LEVELS, NEIGHBOURS = 4, 4  # of the search between start states
+FORGOTTEN = 0.002  # of the largest value that was seen from a start, per update
 
 
 class Pointwise:
@@ -23,8 +24,8 @@ class Pointwise:
     fresh ones.
     kept, fresh: numbers of start states beside those of ``rollouts``. The fresh ones are drawn in
     every update, by a generator that ``seed`` and the update's number start, and where neighbouring
-    starts lead far apart. They are evaluated only; each with a value above ``alarming``, and above
-    one of the kept, takes its place.
+    starts lead far apart. They are evaluated only; each from which any evaluated policy, candidates
+    included, had a value above ``alarming``, and above one of the kept, takes its place.
     """
 
     noisy = False
@@ -47,6 +48,8 @@ class Pointwise:
         self.changed = NONE
         self._per_start = len(rollouts.bound_names)
         self.group = np.tile(rollouts.bound_names, rollouts.starts)
+        # [starts], the largest value of any evaluated policy, which is slowly forgotten.
+        self._seen = np.full(rollouts.starts, -np.inf)
 
     @property
     def start_states(self) -> tuple[Floats, ...]:
@@ -65,19 +68,21 @@ class Pointwise:
         starts, per_start = self._rollouts.starts, self._per_start
         values = g.reshape(starts, per_start).copy()
         fresh = np.arange(starts - self._fresh, starts)
+        self._seen = np.maximum(self._seen - FORGOTTEN, values.max(axis=1))
         changed = [self._keep_worst(values, fresh), fresh]
         states, values[fresh] = self._draw(w, values, update)
+        self._seen[fresh] = values[fresh].max(axis=1)
         self._rollouts.set_starts(fresh, states)
         self.changed = self._rows(np.sort(np.concatenate(changed)))
         return values.reshape(-1)
 
     def _keep_worst(self, values: Floats, fresh: NDArray[np.intp]) -> NDArray[np.intp]:
-        """Let fresh starts take the places of kept ones with smaller values; those places.
+        """Let fresh starts take the places of kept ones that were less alarming; those places.
 
         values: [starts, P], which change accordingly.
         """
         kept = np.arange(fresh[0] - self._kept, fresh[0])
-        worst, places = values.max(axis=1), []
+        worst, places = self._seen, []
         for new in fresh[np.argsort(-worst[fresh], kind="stable")][: self._kept]:
             old = kept[np.argmin(worst[kept])]
             if worst[new] <= max(worst[old], self._alarming):
@@ -123,7 +128,9 @@ class Pointwise:
         return self._rollouts.bounds(w[None], tuple(states.T)).reshape(len(states), -1)
 
     def evaluate(self, w: Floats) -> Floats:
-        return self._rollouts.bounds(w[None])[0]
+        g = self._rollouts.bounds(w[None])[0]
+        self._seen = np.maximum(self._seen, g.reshape(-1, self._per_start).max(axis=1))
+        return g
 
     def nearest(self, g: Floats) -> NDArray[np.intp]:
         by_start = g.reshape(-1, self._per_start)[: self._rollouts.starts - self._fresh]
