@@ -412,13 +412,13 @@ def test_cost_gradient_points_at_the_cost():
 
 
 def test_examples_of_the_documentation_run():
-    """The code blocks of docs/scpo.md run as printed, and stay short."""
-    text = (Path(__file__).parent.parent / "docs" / "scpo.md").read_text()
+    """The code blocks of docs/scpo_wrapping.md run as printed, and stay short."""
+    text = (Path(__file__).parent.parent / "docs" / "scpo_wrapping.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert len(blocks) == 2
     for block in blocks:
         assert len([line for line in block.splitlines() if line]) <= 12
-        exec(compile(block, "docs/scpo.md", "exec"), {})
+        exec(compile(block, "docs/scpo_wrapping.md", "exec"), {})
 
 
 # ---- torch optimisers
