@@ -183,6 +183,28 @@ def test_the_margin_is_kept():
     assert decision.diagnostics["bound/plane"] <= -0.25
 
 
+def test_one_jump_does_not_stop_learning_for_long():
+    """A count jumps by 10: the L that this shows is used for retries, and only 5 of it later."""
+    constraints = Exact(("count",), lambda w: np.where(w > 0.05, 9.0, -1.0))
+    guard = Guard(GuardConfig(largest_L=5.0, trust_radius=10.0, probe_radius=1e-3))
+    decision, *_ = drive(guard, constraints, lambda w: np.ones(1), 1, np.zeros(1))
+    assert guard.breaches > 0
+    assert decision.diagnostics["L/count"] > 100
+    assert decision.w[0] <= 0.05
+    assert guard.smoothness.tolist() == [5.0]
+
+
+@pytest.mark.parametrize("mode", ["certified", "verified"])
+def test_rounding_widens_slope_error_and_margin(mode):
+    """Values off by up to 0.01, probe radius 0.1: s = 1 +- 0.2, and 0.02 away from the limit."""
+    guard = Guard(
+        GuardConfig(mode=mode, smoothness="apriori", L=1e-9, trust_radius=10.0, probe_radius=0.1)
+    )
+    constraints = Exact(("plane",), lambda w: w - 1.0, lambda w: np.full(1, 0.01))
+    (decision,) = drive(guard, constraints, lambda w: np.array([5.0]), 1, np.zeros(1))
+    assert decision.w == pytest.approx([0.98 / 1.2], abs=1e-6)
+
+
 def test_statuses():
     """What is deployed, before a plane and on it: the proposal, its projection, or w itself."""
     for limit, radius, change, status, expected in (

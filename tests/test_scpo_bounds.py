@@ -78,3 +78,14 @@ def test_predicted_is_exceeded_as_often_as_stated():
     further = rng.normal(size=(4000, 10)).mean(axis=1)
     exceeded = [new > bounds.predicted(old, 10, 0.05)[0] for old, new in zip(y, further)]
     assert 0.04 < np.mean(exceeded) < 0.06
+
+
+def test_shrinkage_removes_outliers_and_keeps_what_is_certain():
+    """One outlier of four is no slope; equal differences are; half of the noise is in between."""
+    y = np.array([[0.0, 0.0, 0.0, 244.0], [3.0, 3.0, 3.0, 3.0], [0.0, 0.0, 0.0, 0.0]])[..., None]
+    assert bounds.shrunk(y)[:, 0] == pytest.approx([0.0, 3.0, 0.0])
+    mixed = np.array([1.0, 3.0, 1.0, 3.0])[:, None]  # mean 2, squared standard error 1/3
+    assert bounds.shrunk(mixed) == pytest.approx([2 * (1 - 1 / 12)])
+    assert bounds.shrunk(-mixed) == pytest.approx(-bounds.shrunk(mixed))
+    noise = np.array([-1.0, 1.0, 1.0, -0.9])[:, None]
+    assert bounds.shrunk(noise) == pytest.approx([0.0])

@@ -104,6 +104,22 @@ def test_paired_differences_cancel_common_noise():
     assert half == pytest.approx(0.0, abs=1e-12)
 
 
+def test_noise_is_no_slope():
+    """Policies that differ by noise of their own only: no slope is seen, most of the time.
+
+    The half width covers the difference of the means as measured.
+    """
+    constraint = noisy(-1.0, 0.0, probe_rollouts=4)
+    y = np.random.default_rng(0).normal(size=(401, 4, 1)) - 1.0
+    constraint._rollouts = lambda w, used: y
+    values, half = constraint.probe(np.zeros(1), np.array([-1.0]), np.zeros((400, 1)))
+    assert np.mean(values == -1.0) > 0.5
+    measured = (y[1:] - y[0]).mean(axis=1)
+    raw = bounds.student(y[1:] - y[0], 0.05 / 4 / 10 / 400)
+    assert (values - half <= measured - 1.0 - raw + 1e-12).all()
+    assert (values + half >= measured - 1.0 + raw - 1e-12).all()
+
+
 def test_no_noise_is_drawn_twice():
     """A candidate chosen by its probes' luck must not be judged by the same luck."""
     constraint = noisy(-0.05, 0.1, rollout_budget=32, probe_rollouts=4)
@@ -209,6 +225,16 @@ def test_a_candidate_refused_by_chance_is_retried_closer_and_teaches_no_curvatur
     assert decision.diagnostics["L/g"] == 1e-3
 
 
+def test_the_reserve_is_asked_of_candidates_only():
+    """A candidate has to keep it; once deployed, a policy is not given up for using it."""
+    plain, careful = (noisy(-0.2, 0.1, rollout_budget=8, reserve=r) for r in (0.0, 0.3))
+    w = np.zeros(1)
+    assert careful.evaluate(w) == pytest.approx(plain.evaluate(w) + 0.3)
+    assert plain.evaluate(w)[0] <= 0 < careful.evaluate(w)[0]
+    careful.evidence.keep(w, plain.evidence.of(w))
+    assert careful.evaluate(w)[0] <= 0
+
+
 def test_bad_episodes_are_foreseen():
     """With ``predicted_episodes`` the spread of a few further episodes counts, too."""
     plain, wary = (
@@ -231,9 +257,24 @@ def test_rare_costs_are_not_overlooked(bound, missed):
             0.0, 1.0, candidates=2, seed=seed, span=(-1.0, 39.0), draw=costs(1 / 8, 240.0),
             bound=bound, rollout_budget=32,
         )  # fmt: skip
-        constraint.evidence.costly = [9.6]
+        constraint.evidence.keep(np.ones(1), np.full((estimation.KNOWN, 1), 8.6))
         accepted += bool(constraint.evaluate(np.zeros(1))[0] <= 0)
     assert (accepted / 400 <= missed) == (bound == "mixed")
+
+
+def test_what_costly_episodes_cost_is_learned():
+    """Eight zeros: worse where the costly episodes of earlier policies cost 60 than where 10."""
+    values = []
+    for known in ([0.0], [0.4] * 20 + [0.0], [2.4] * 20, [2.4] * 3):
+        constraint = noisy(
+            0.0, 1.0, span=(-1.0, 39.0), draw=costs(0.0, 0.0), rollout_budget=8, bound="mixed"
+        )
+        constraint.evidence.keep(np.ones(1), np.array(known)[:, None] - 1.0)
+        values.append(constraint.evaluate(np.zeros(1))[0])
+    unknown, mild, severe, few = values
+    share = 1 - (0.05 / 10) ** (1 / 8)
+    assert values == pytest.approx([share - 1, 0.4 * share - 1, 2.4 * share - 1, share - 1])
+    assert mild < unknown == few < severe
 
 
 def test_betting_needs_no_assumption_but_the_range():
@@ -252,7 +293,7 @@ def test_betting_needs_no_assumption_but_the_range():
 
 
 def test_evidence_is_bounded(monkeypatch):
-    """Long runs: the newest policies, rollouts and costs are kept, and no more."""
+    """Long runs: the newest policies and rollouts are kept, and no more."""
     monkeypatch.setattr(estimation, "POLICIES", 3)
     monkeypatch.setattr(estimation, "EPISODES", 10)
     evidence = Evidence()
@@ -260,10 +301,6 @@ def test_evidence_is_bounded(monkeypatch):
         evidence.keep(np.full(2, float(i)), np.full((12, 1), float(i)))
     assert [w[0] for w, _ in evidence.samples] == [2, 3, 4]
     assert {len(y) for _, y in evidence.samples} == {10}
-    constraint = noisy(0.0, 1.0, span=(-1.0, 39.0), draw=costs(1.0, 50.0), rollout_budget=8)
-    monkeypatch.setattr(estimation, "COSTLY", 5)
-    constraint.evaluate(np.zeros(1))
-    assert constraint.evidence.costly == [2.0] * 5
 
 
 def test_the_range_of_an_episodes_cost():

@@ -95,6 +95,14 @@ def test_the_policy_that_failed_is_not_returned_to():
     assert decisions[3].diagnostics == {"recoveries": 1.0, "step_norm": 0.0}
 
 
+def test_where_no_policy_is_left_training_goes_on_from_the_first():
+    """All policies turn out unsafe: it stays at the start policy, and does not stop."""
+    guard = Guard(GuardConfig(smoothness="apriori", L=1e-9, trust_radius=10.0))
+    decisions = walk(guard, Turning({0.0, 0.1, 0.2, 0.3}, when=4), 0.1, 6)
+    assert [x.status for x in decisions[3:]] == ["recovered"] * 3
+    assert [x.w[0] for x in decisions[3:]] == [0.0] * 3
+
+
 def test_the_margin_learns_from_returns():
     """It grows with each, keeps the next steps further from the limit, and decays."""
     guard = Guard(GuardConfig(smoothness="apriori", L=1e-9, trust_radius=10.0))
@@ -179,6 +187,7 @@ def test_known_functions_are_left_unsafe_no_longer_than_needed(d):
         statuses.append(decision.status)
     recovering = statuses.count("recovering")
     assert 1 <= recovering < 20
+    assert guard.recovery_radius != recovery.FIRST_RADIUS
     assert set(statuses[:recovering]) == {"recovering"}
     assert np.all(np.diff(worst[: recovering + 1]) <= 0)
     assert worst[recovering] <= 0

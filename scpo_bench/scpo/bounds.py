@@ -90,3 +90,14 @@ def predicted(y: Floats, further: int, tail: float) -> Floats:
     n = len(y)
     spread = y.std(axis=0, ddof=1) * np.sqrt(1 / n + 1 / further)
     return y.mean(axis=0) + stats.t.ppf(1 - tail, n - 1) * spread
+
+
+def shrunk(y: Floats) -> Floats:
+    """Means over axis -2 of y [..., n, k], each moved towards 0 as far as it is noise: [..., k].
+
+    The factor is 1 - e^2 / mean^2, at least 0, with e the standard error: positive-part shrinkage
+    (James and Stein 1961), here of one mean at a time. A mean that one outlier of n makes is its
+    own standard error, and becomes 0.
+    """
+    mean, variance = y.mean(axis=-2), y.var(axis=-2, ddof=1) / y.shape[-2]
+    return mean * np.clip(1 - variance / np.maximum(mean**2, 1e-300), 0.0, 1.0)

@@ -163,7 +163,11 @@ class Search:
         if not len(missed):
             return model
         worst = missed[np.argsort(-excess[missed])[:MISSED_AT_ONCE]]
-        self.model = model.extended(self.probed(model.w, model.values, model.bank, worst))
+        # Start states may be newer than the model, and their values known elsewhere only.
+        rows, values = self.constraints.beside(worst), model.values.copy()
+        there = self.constraints.probe(model.w, values, model.w[None], rows)[0][0]
+        values[rows] = np.minimum(there, 0.0)  # if they violated there, the re-check has to decide
+        self.model = model.extended(self.probed(model.w, values, model.bank, rows))
         return self.model
 
     def probed(self, w: Floats, g: Floats, bank: Bank, rows: NDArray[np.intp]) -> LocalModel:

@@ -130,6 +130,10 @@ class RolloutConfig:
     """Noisy constraints: also ask that the mean of so many further episodes stays within the limit
     with probability 1 - ``level`` (by Student's prediction interval). 0: do not.
     """
+    reserve: float = 0.0
+    """Noisy constraints: how far below zero a candidate's bound has to be. The deployed policy may
+    use this up when more is known of it.
+    """
     largest_cost: float = 0.0
     """Noisy constraints: the most that an episode can cost. 0: its number of steps, which is right
     where a step costs 1 at most.
@@ -145,7 +149,7 @@ class RolloutConfig:
         require(self, "probe_rollouts", low=2)
         require(self, "rollout_budget", low=self.rollouts)
         require_choice(self, "bound", get_args(Bound))
-        for name in ("predicted_episodes", "largest_cost"):
+        for name in ("predicted_episodes", "reserve", "largest_cost"):
             require(self, name, low=0)
 
 

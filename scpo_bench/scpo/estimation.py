@@ -14,12 +14,12 @@ from scpo_bench.scpo.constraints import Few, RolloutConfig
 from scpo_bench.scpo.rollouts import Rollouts
 
 POLICIES = 32  # safe policies whose rollouts are kept
+KNOWN = 16  # costly rollouts from which on their mean is believed
 CLEAR = 0.4  # share of the distance to the limit that a bound has to leave to need no more rollouts
 # Parameters closer than this are the same policy: written to a network and read back they have
 # changed by rounding.
 SAME = 1e-5
 EPISODES = 512  # newest rollouts that are kept of each
-COSTLY = 256  # newest costly rollouts, of any policy, that say what a costly one costs
 
 
 @dataclass
@@ -27,13 +27,11 @@ class Evidence:
     """Everything that rollouts have shown so far. Belongs to a training run and is saved with it.
 
     samples: (w [d], y [n, k]) of each policy found safe, the newest last.
-    costly: costs of costly rollouts of evaluated policies, the newest last.
     streams: of noise used so far. None is used twice, so what was chosen under some noise is never
     judged by it.
     """
 
     samples: list[tuple[Floats, Floats]] = field(default_factory=list)
-    costly: list[float] = field(default_factory=list)
     streams: int = 0
 
     def next_streams(self, n: int) -> range:
@@ -44,6 +42,15 @@ class Evidence:
         """All y [n, k] of a policy once found safe."""
         same = (y for known, y in reversed(self.samples) if _same(known, w))
         return next(same, None)
+
+    def severity(self, low: float) -> float:
+        """What a costly rollout of a safe policy costs: the mean of y - low where that is > 0.
+
+        Where little is known, as much as the limit allows.
+        """
+        costs = np.concatenate([np.zeros(0), *(y.ravel() - low for _, y in self.samples)])
+        costly = costs[costs > 0]
+        return float(costly.mean()) if len(costly) >= KNOWN else -low
 
     def keep(self, w: Floats, y: Floats) -> None:
         """y [n, k]: all that is known of w."""
@@ -64,7 +71,8 @@ class Expected(Few):
     A policy's first look takes ``config.rollouts`` rollouts and doubles them until the decision is
     clear, up to ``config.rollout_budget``. Every look and every set of probes has noise of its own,
     never used before; within a set of probes equal streams mean equal noise (common random
-    numbers), so slopes are paired differences and the noise that both policies share cancels.
+    numbers), so slopes are paired differences and the noise that both policies share cancels; what
+    may be noise is shrunk towards 0.
     Once found safe, a policy is looked at again in every update that starts from it, and all its
     rollouts count. Then it alone is at stake, and it is given up when its mean is not found below
     the limit at the whole ``level``; candidates share the level (Bonferroni: candidates,
@@ -101,7 +109,8 @@ class Expected(Few):
     def evaluate(self, w: Floats) -> Floats:
         """An upper confidence bound on g(w) [k].
 
-        For a policy found safe before: at most 0 unless it has to be given up.
+        For a policy found safe before: at most 0 unless it has to be given up. For any other, with
+        ``config.reserve`` added.
         """
         known = self.evidence.of(w)
         # Of a policy that is known, its share of the probes is still to come.
@@ -117,7 +126,9 @@ class Expected(Few):
                 break
             more = min(used, self._config.rollout_budget - used)
             y, used = self._look(w, y, more), used + more
-        if known is not None:
+        if known is None:
+            upper = upper + self._config.reserve
+        else:
             kept = self._mean_bound(y, self._whole)
             upper = np.where(kept <= 0, np.minimum(upper, 0.0), np.maximum(upper, kept))
         if (upper <= 0).all():
@@ -133,8 +144,11 @@ class Expected(Few):
         known = self.evidence.of(w)
         if known is not None:  # w was chosen before this noise was drawn
             self.evidence.keep(w, np.concatenate([known, y[0]]))
+        # What may be noise must not look like a slope, nor its differences like curvature.
         difference = y[1:] - y[0]
-        return g + difference.mean(axis=1), bounds.student(difference, self._share / len(probes))
+        believed = bounds.shrunk(difference)
+        half = bounds.student(difference, self._share / len(probes))
+        return g + believed, half + np.abs(difference.mean(axis=1) - believed)
 
     def rounding(self, w: Floats) -> Floats | float:
         return 0.0
@@ -142,9 +156,6 @@ class Expected(Few):
     def _look(self, w: Floats, known: Floats | None, n: int) -> Floats:
         """y of all rollouts of w: the ``known`` ones, and n under new noise."""
         y = self._rollouts(w[None], self.evidence.next_streams(n))[0]
-        if self._span is not None:
-            costs = (y - self._span[0]).ravel()
-            self.evidence.costly = (self.evidence.costly + costs[costs > 0].tolist())[-COSTLY:]
         return y if known is None else np.concatenate([known, y])
 
     def _range(self) -> tuple[float, float]:
@@ -171,6 +182,5 @@ class Expected(Few):
             return low + (high - low) * np.array([bounds.betting(c, tail) for c in x.T])
         if rule == "student" or self._span is None:
             return y.mean(axis=0) + bounds.student(y, tail)
-        # Where little is known, a costly episode is taken to cost what the limit allows.
-        severity = max(-low, float(np.mean(self.evidence.costly or [0.0])))
+        severity = self.evidence.severity(low)
         return low + np.array([bounds.mixed(c - low, tail, severity) for c in y.T])

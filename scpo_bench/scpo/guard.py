@@ -211,7 +211,9 @@ class Guard:
         config = self.config
         if self.memory is None or self.smoothness is None:
             self.memory = DirectionMemory.empty(len(constraints.names), len(w))
-            self.smoothness = Smoothness(config.smoothness, config.L, config.safety_factor, len(g))
+            self.smoothness = Smoothness(
+                config.smoothness, config.L, config.safety_factor, config.largest_L, len(g)
+            )
         length = float(np.linalg.norm(proposal))
         raw = proposal * min(1.0, self._trust / max(length, 1e-300))
         search = Search(config, constraints, self.smoothness, self.learned_margin, objective)
@@ -220,8 +222,7 @@ class Guard:
             taken = self._search(search, w, g, raw, rng, cost_gradients)
         self.exceeded += search.exceeded
         self.breaches += search.breaches
-        if not search.exceeded:
-            self.smoothness.relax()
+        self.smoothness.carry(relax=not search.exceeded)
         if isinstance(taken, Step):
             self._took(taken, search.model)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -28,6 +29,10 @@ class GuardConfig:
     L: float = 10.0
     """The declared smoothness constant of every constraint (per squared unit of w), for
     ``apriori``.
+    """
+    largest_L: float = math.inf
+    """adaptive: the largest L that is carried to the next update. Where the constraint jumps (costs
+    are counts), what one breached step shows is no curvature, and would stop learning for long.
     """
     safety_factor: float = 2.0
     """Factor on sampled second differences, and on the slopes of first-order bounds."""
@@ -86,7 +91,7 @@ class GuardConfig:
         require_choice(self, "differences", get_args(Differences))
         for candidate in self.candidates:
             require_choice(self, "candidates", get_args(Candidate), candidate)
-        for name in ("L", "trust_radius", "smallest_probe"):
+        for name in ("L", "largest_L", "trust_radius", "smallest_probe"):
             require(self, name, above=0)
         require(self, "safety_factor", low=1)
         require(self, "recheck", low=0, high=1)

@@ -71,8 +71,11 @@ class LocalModel:
         both = None
         if self.curvatures is not None and other.curvatures is not None:
             both = np.concatenate([self.curvatures, other.curvatures])
+        values = self.values.copy()
+        values[other.rows] = other.values[other.rows]
         return replace(
             self,
+            values=values,
             rows=np.concatenate([self.rows, other.rows]),
             slopes=np.concatenate([self.slopes, other.slopes]),
             noise=np.concatenate([self.noise, other.noise]),

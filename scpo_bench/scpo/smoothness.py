@@ -32,11 +32,14 @@ class Smoothness:
     sampled: L_i = factor max_j c_ij, e_ij = factor c_ij |d_j| / 2: each direction has an error of
     its own. Where the action saturates, a constraint has kinks, and only second differences over
     the length of a step can see those that the step may reach.
-    adaptive: L_i sampled once, as factor max_j c_ij, then adapted; e_ij = L_i |d_j| / 2.
+    adaptive: L_i sampled once, as factor max_j c_ij, then adapted; e_ij = L_i |d_j| / 2. What is
+    carried to the next update is at most ``largest``.
     """
 
-    def __init__(self, rule: Rule, declared: float, factor: float, count: int) -> None:
-        self.rule, self._factor = rule, factor
+    def __init__(
+        self, rule: Rule, declared: float, factor: float, largest: float, count: int
+    ) -> None:
+        self.rule, self._factor, self._largest = rule, factor, largest
         # apriori and adaptive: L_i; sampled: what multiplies the sampled constant.
         self._scale: Floats | None = None
         if rule != "adaptive":
@@ -65,7 +68,7 @@ class Smoothness:
             return np.maximum(local.max(axis=1), FLOOR), local * (0.5 * lengths)
         if self._scale is None:
             assert c is not None
-            self._scale = np.maximum(self._factor * c.max(axis=1), FLOOR)
+            self._scale = np.clip(self._factor * c.max(axis=1), FLOOR, self._largest)
         L = self._scale[rows]
         return L, np.outer(L, 0.5 * lengths)
 
@@ -84,8 +87,12 @@ class Smoothness:
         if self.rule == "sampled" and self._scale is not None:
             self._scale[rows] = 1.0
 
-    def relax(self) -> None:
-        """After an update without a breach, held ones included: a bit lower."""
+    def carry(self, relax: bool) -> None:
+        """To the next update. relax: a bit lower, after an update that exceeded no bound."""
         if self.rule == "apriori" or self._scale is None:
             return
-        self._scale = np.maximum(self._scale * SHRINK, 1.0 if self.rule == "sampled" else FLOOR)
+        scale = SHRINK * self._scale if relax else self._scale
+        if self.rule == "sampled":
+            self._scale = np.maximum(scale, 1.0)
+        else:
+            self._scale = np.clip(scale, FLOOR, self._largest)

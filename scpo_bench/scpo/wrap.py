@@ -155,6 +155,7 @@ class ProjectedConfig(RolloutConfig, GuardConfig):
     smallest_probe: float = 0.3
     trust_radius: float = 1e3
     """In effect none: the algorithm chooses its own step size."""
+    largest_L: float = 20.0
     margin: float = 0.1
     recheck: float = 0.0
     retries: int = 4
@@ -162,6 +163,7 @@ class ProjectedConfig(RolloutConfig, GuardConfig):
     rollout_budget: int = 32
     predicted_episodes: int = 10
     """As many as the suites judge a policy by."""
+    reserve: float = 0.05
     cost_limit: float = 25.0
     """Limit on the cost of an episode, >= 0; on tasks with signed constraint values 0 means none of
     them may be positive.
