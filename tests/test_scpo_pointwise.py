@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
+from test_projection import reference
 
 import scpo_bench  # noqa: F401 - registers the tasks
 from scpo_bench.contract import ProbeMeter
@@ -223,6 +224,38 @@ def test_what_the_agent_certifies_is_equation_29(task, bank, monkeypatch):
             assert off.max() <= 1e-9 * scale
         widest = max(widest, D.shape[1])
     assert widest == (4 if bank else 2)
+
+
+@pytest.mark.parametrize("bank", [{}, {"directions": 99, "probe_radius": 1e-3, "candidates": ()}])
+@pytest.mark.parametrize("task", [IMITATION, REGRESSION])
+def test_the_agent_takes_the_step_that_cvxpy_finds(task, bank, monkeypatch):
+    """Each projection of a run, stated to cvxpy: as close to the raw step, and certified."""
+    agent = make(task=task, mode="certified", smoothness="apriori", L=20.0, margin=0.01, **bank)
+    seen, active = Projections(monkeypatch), 0
+    learn(agent, 12)
+    for certificate, target, margin, result in seen.calls:
+        assert (certificate.bound(result.z) <= np.maximum(certificate.values, -margin)).all()
+        if result.status != "inactive":
+            off = np.sum((certificate.factor @ result.z - target) ** 2)
+            assert off - reference(certificate, target, margin) <= 1e-6 * target @ target
+            active += 1
+    assert active >= 3
+
+
+def test_the_slopes_of_the_pointwise_agent_are_gradients(monkeypatch):
+    """Predictions are linear in w, so central quotients are exact: compared in every update."""
+    agent = make(PointwiseSCPO, REGRESSION, fresh_starts=0, kept_starts=0)
+    models, original = [], certified_step.probe
+    monkeypatch.setattr(
+        certified_step, "probe", lambda *a, **k: models.append(original(*a, **k)) or models[-1]
+    )
+    learn(agent, 8)
+    for model in models:
+        there = model.w + 1e-5 * model.bank.directions.T
+        slopes = (agent.constraints._rollouts.bounds(there) - agent.constraints.evaluate(model.w)).T
+        assert model.slopes == pytest.approx(slopes[model.rows] / 1e-5, abs=1e-6)
+        assert model.curvatures == pytest.approx(0.0, abs=1e-6)
+    assert len(models) >= 2
 
 
 SHORT = pytest.mark.xfail(
