@@ -26,7 +26,7 @@ from scpo_bench.scpo.constraints import Constraints, RolloutConfig
 from scpo_bench.scpo.evaluation import constraints_from
 from scpo_bench.scpo.gradient_descent import GradientDescent, GradientDescentConfig
 from scpo_bench.scpo.guard import Guard
-from scpo_bench.scpo.guard_config import GuardConfig
+from scpo_bench.scpo.guard_config import GuardConfig, Mode
 from scpo_bench.scpo.pointwise import Pointwise
 from scpo_bench.scpo.rollouts import BatchedRollouts, refuse_wrappers
 from scpo_bench.scpo.smoothness import Rule
@@ -71,6 +71,18 @@ class PointwiseConfig(SCPOConfig):
     smallest_probe: float = 0.2
     reuse: float = 0.005
     margin: float = 0.02
+
+
+@dataclass(frozen=True)
+class CertifiedConfig(PointwiseConfig):
+    """The defaults of agent ``scpo-certified``: no step is evaluated before it is deployed."""
+
+    mode: Mode = "certified"
+    active_starts: int = 0
+    kept_starts: int = 32
+    safety_factor: float = 2.0
+    reuse: float = 0.0
+    margin: float = 0.05
 
 
 class SCPO(GradientDescent):
@@ -153,3 +165,9 @@ class PointwiseSCPO(SCPO):
     """Agent ``scpo-pointwise``: :class:`SCPO` with the defaults of :class:`PointwiseConfig`."""
 
     Config: ClassVar[type[GradientDescentConfig]] = PointwiseConfig
+
+
+class CertifiedSCPO(SCPO):
+    """Agent ``scpo-certified``: :class:`SCPO` with the defaults of :class:`CertifiedConfig`."""
+
+    Config: ClassVar[type[GradientDescentConfig]] = CertifiedConfig

@@ -17,7 +17,7 @@ from scpo_bench.contract import Floats
 from scpo_bench.scpo.bank import Bank
 from scpo_bench.scpo.constraints import Constraints
 from scpo_bench.scpo.guard_config import GuardConfig
-from scpo_bench.scpo.local_model import FirstOrder, LocalModel, probe, wild
+from scpo_bench.scpo.local_model import FirstOrder, LocalModel, probe
 from scpo_bench.scpo.projection import Certificate, project
 from scpo_bench.scpo.smoothness import Smoothness
 
@@ -87,14 +87,13 @@ class Search:
         for _ in range(config.retries):
             margin = np.full(len(model.rows), config.margin + self.learned_margin) + 2 * rounding
             target = model.bank.basis.T @ (w - model.w + raw)
-            # In verified mode noise in the slopes costs a retry, not safety; in certified mode the
-            # certificate has to cover it.
-            certificate = model.certificate(self.smoothness, config.mode == "certified", rounding)
+            # In verified mode noise in the slopes, and kinks, cost a retry, not safety; in
+            # certified mode the certificate has to cover them.
+            certified = config.mode == "certified"
+            certificate = model.certificate(self.smoothness, certified, not certified, rounding)
             length = float(np.linalg.norm(target))
             simple = FirstOrder(certificate, margin, length)
-            # What curvature says nothing about is left to the re-check, where there is one.
-            unknown = wild(certificate) & ~simple.bounded & (config.mode == "verified")
-            near = ~(simple.bounded | unknown)
+            near = ~simple.bounded
             target *= min(1.0, simple.radius / length)
             result = project(certificate.rows(near), target, margin[near])
             z, change = self._backtrack(model, w, result.z)
@@ -106,10 +105,10 @@ class Search:
                 reason = "converged" if converged else "coarse"
                 break
             realised = constraints.evaluate(w + change)
-            bound = np.where(unknown, np.inf, simple.bound(z, model.bank.length(z)))
+            bound = simple.bound(z, model.bank.length(z))
             exceeded = self._judge(model, certificate, z, bound, margin, realised)
             allowed = np.maximum(model.values, -config.recheck * config.margin)
-            if config.mode == "certified" or (realised <= allowed).all():
+            if certified or (realised <= allowed).all():
                 active = near & (bound > -margin - NEARLY_ACTIVE)
                 uncertainty = certificate.uncertainty(z)[active].max(initial=0.0)
                 return Step(

@@ -151,7 +151,7 @@ class Guard:
         )
         self.recoveries += 1
         self._model = None
-        if again:
+        if constraints.noisy:
             self.learned_margin = recovery.margin_after_return(self.learned_margin)
         w, self.g = self.verified[-1].w, self.verified[-1].g
         diagnostics = {"recoveries": float(self.recoveries), "step_norm": 0.0}
@@ -346,8 +346,7 @@ class Guard:
         everything = np.arange(len(g))
         shown = {"bound": (g, everything), "realised": (g, everything)}
         if isinstance(taken, Step) and model is not None:
-            certified = np.where(np.isfinite(taken.bound), taken.bound, -np.inf)
-            shown["bound"], shown["L"] = (certified, model.rows), (taken.smoothness, model.rows)
+            shown["bound"], shown["L"] = (taken.bound, model.rows), (taken.smoothness, model.rows)
             shown["realised"] = (taken.realised, everything)
         for kind, (values, rows) in shown.items():
             for name, value in zip(constraints.names, by_name(constraints, values, rows)):

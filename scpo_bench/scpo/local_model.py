@@ -14,7 +14,6 @@ from scpo_bench.scpo.projection import FIRST, Certificate
 from scpo_bench.scpo.smoothness import Smoothness, curvatures
 
 STEEPNESS = 2.0  # of first-order bounds, times the slopes that were seen
-WILD = 50.0
 
 
 @dataclass(frozen=True)
@@ -35,14 +34,15 @@ class LocalModel:
     curvatures: Floats | None
 
     def certificate(
-        self, smoothness: Smoothness, with_noise: bool, rounding: Floats | float = 0.0
+        self, smoothness: Smoothness, with_noise: bool, cut: bool, rounding: Floats | float = 0.0
     ) -> Certificate:
         """gbar of the probed constraints.
 
-        with_noise: also for the slopes' noise. rounding: how far off the values may be [K].
+        with_noise: also for the slopes' noise. cut: see :meth:`Smoothness.constants`. rounding: how
+        far off the values may be [K].
         """
         bank = self.bank
-        L, errors = smoothness.constants(self.rows, self.curvatures, bank.lengths)
+        L, errors = smoothness.constants(self.rows, self.curvatures, bank.lengths, cut)
         if with_noise:
             errors = errors + self.noise
         if np.any(rounding):
@@ -150,13 +150,3 @@ class FirstOrder:
             values = self._certificate.values + self._steepness * length
             bound[self.bounded] = values[self.bounded]
         return bound
-
-
-def wild(certificate: Certificate) -> NDArray[np.bool_]:
-    """[k]: constraints whose curvature is no guide, more than WILD times the median of all.
-
-    A trajectory near the border between two basins may end in either, however small the step; its
-    certificate allows none. Few constraints have no meaningful median: then none is.
-    """
-    L = certificate.smoothness
-    return np.greater(L, WILD * np.median(L) if len(L) > FIRST else np.inf)

@@ -13,6 +13,9 @@ Rule = Literal["apriori", "sampled", "adaptive"]
 
 SHRINK = 0.8  # what was raised after a breach, and adaptive constants, per update without one
 GROW = 2.0  # after a breach, at least
+# Of many constraints, a second difference above this multiple of what most have shows a kink, or
+# trajectories that part: it says nothing about the length of a step that would be safe.
+CUT, MANY = 10.0, 64
 FLOOR = 1e-2  # no smaller L is believed: a constraint that looked linear so far may still curve
 
 
@@ -55,15 +58,19 @@ class Smoothness:
         return otherwise if self.rule == "sampled" or self._scale is None else self._scale
 
     def constants(
-        self, rows: NDArray[np.intp], c: Floats | None, lengths: Floats
+        self, rows: NDArray[np.intp], c: Floats | None, lengths: Floats, cut: bool
     ) -> tuple[Floats, Floats]:
         """(L [k], e [k, m]) of the constraints ``rows`` [k].
 
         c: [k, m] their second differences; None where :attr:`samples` is False. lengths: [m].
+        cut: sampled: take no second difference for more than CUT times the median of the
+        constraints' largest; what was understated, evaluation has to show (:meth:`raised`).
         """
         if self.rule == "sampled":
             assert c is not None
             assert self._scale is not None
+            if cut and len(c) > MANY:
+                c = np.minimum(c, CUT * np.median(c.max(axis=1)))
             local = (self._factor * self._scale[rows])[:, None] * c
             return np.maximum(local.max(axis=1), FLOOR), local * (0.5 * lengths)
         if self._scale is None:

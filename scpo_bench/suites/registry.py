@@ -53,6 +53,20 @@ _AGENTS = (
         True,
     ),
     AgentSpec(
+        "scpo-certified",
+        "scpo_bench.scpo.agent:CertifiedSCPO",
+        "the same, deployed on the certificate alone",
+        True,
+        True,
+    ),
+    AgentSpec(
+        "scpo-proven",
+        "scpo_bench.scpo.agent:ProvenSCPO",
+        "SCPO in closed form, every policy proved",
+        True,
+        True,
+    ),
+    AgentSpec(
         "scpo-ppo", "scpo_bench.scpo.wrap:ProjectedPPO", "PPO with projected updates: any task"
     ),
     AgentSpec(
