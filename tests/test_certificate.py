@@ -14,7 +14,7 @@ from scpo_bench.scpo.certified_step import Objective
 from scpo_bench.scpo.constraints import Exact
 from scpo_bench.scpo.guard import OLDEST, Guard, UnsafeStartError
 from scpo_bench.scpo.guard_config import GuardConfig
-from scpo_bench.scpo.local_model import FirstOrder, wild
+from scpo_bench.scpo.local_model import FirstOrder
 from scpo_bench.scpo.projection import Certificate
 from scpo_bench.scpo.smoothness import Smoothness, curvatures
 
@@ -375,7 +375,7 @@ def test_what_was_held_moves_again(rule):
     guard = Guard(GuardConfig(smoothness=rule))
     guard.memory = DirectionMemory.empty(1, 1)
     guard.smoothness = Smoothness(rule, 1.0, 1.0, np.inf, 1)
-    guard.smoothness.constants(np.arange(1), np.ones((1, 1)), np.ones(1))
+    guard.smoothness.constants(np.arange(1), np.ones((1, 1)), np.ones(1), False)
     guard.smoothness.raised(np.arange(1), np.array([1e6]))
     decisions = drive(guard, constraints, lambda w: np.array([0.1]), 80, np.zeros(1))
     statuses = [x.status for x in decisions]
@@ -436,7 +436,7 @@ def test_raised_by_what_a_step_showed():
     """A breach that was four times what was allowed for needs four times the L; others stay."""
     constants = Smoothness("apriori", 1.0, 1.0, np.inf, 3)
     constants.raised(np.array([0, 2]), np.array([4.0, 0.0]))
-    L, errors = constants.constants(np.arange(3), None, np.array([0.5]))
+    L, errors = constants.constants(np.arange(3), None, np.array([0.5]), False)
     assert pytest.approx([4.0, 1.0, 1.0]) == L
     assert errors == pytest.approx(L[:, None] * 0.25)
     constants.raised(np.array([1]), np.array([1.01]))  # at least twice
@@ -497,13 +497,36 @@ def test_first_order_bounds_confine_the_step_and_drop_only_what_is_far():
     assert (few.radius, few.bounded.any()) == (2.0, False)
 
 
-def test_wild_curvature_is_relative_to_the_others():
-    """More than 50 times the median, where there are enough for one to mean something."""
-    L = np.ones(100)
-    L[3], L[5] = 49.0, 51.0
-    certificate = Certificate(-L, np.zeros((100, 1)), np.zeros((100, 1)), L, np.eye(1))
-    assert np.flatnonzero(wild(certificate)).tolist() == [5]
-    assert not wild(certificate.rows(np.arange(10))).any()
+@pytest.mark.xfail(strict=True, reason="coordinates z of skew columns may be longer than |R z|")
+def test_first_order_bounds_of_columns_that_are_nearly_parallel():
+    """A constraint across the raw step: its slopes along two columns at 0.002 rad are small.
+
+    It is at 3 after a step of 0.1 across; a first-order bound of -2 would let it drop out.
+    """
+    bank = candidate_bank(np.array([1.0, 0.0]), np.array([np.cos(0.002), np.sin(0.002)]), [], 2)
+    values = np.append(-2.0, np.full(71, -5.0))
+    gradients = np.zeros((72, 2))
+    gradients[0] = 0.0, 50.0
+    slopes = gradients @ bank.directions
+    certificate = Certificate(values, slopes, np.zeros((72, 2)), np.zeros(72), bank.factor)
+    simple = FirstOrder(certificate, np.zeros(72), 1.0)
+    z = bank.coordinates(np.array([0.0, 0.1]))
+    assert simple.bound(z, 0.1)[0] >= values[0] + gradients[0] @ np.array([0.0, 0.1]) - 1e-9
+
+
+def test_kinks_among_many_constraints_are_cut_only_where_evaluation_decides():
+    """A second difference of a thousand times the median is no curvature; a few have no median."""
+    c = np.ones((100, 2))
+    c[5, 1] = 1000.0
+    sampled = Smoothness("sampled", 1.0, 1.0, np.inf, 100)
+    rows, lengths = np.arange(100), np.full(2, 0.5)
+    L, errors = sampled.constants(rows, c, lengths, False)
+    assert (L[5], errors[5].tolist()) == (1000.0, [0.25, 250.0])
+    L, errors = sampled.constants(rows, c, lengths, True)
+    assert (L[4], errors[4].tolist()) == (1.0, [0.25, 0.25])
+    assert 1.0 < L[5] < 100.0
+    assert errors[5, 1] == L[5] / 4
+    assert sampled.constants(rows[:10], c[:10], lengths, True)[0][5] == 1000.0
 
 
 # ---- probes that serve several updates

@@ -431,3 +431,18 @@ def test_a_resumed_run_makes_the_same_update(task, tmp_path):
         assert np.array_equal(agent.w, loaded.w)
         assert np.array_equal(agent.guard.g, loaded.guard.g)
     assert agent.guard.held == loaded.guard.held
+
+
+@pytest.mark.parametrize(
+    "config", [{"active_starts": 4}, {"safe_probes": True, "probe_radius": 0.1}]
+)
+@pytest.mark.xfail(
+    strict=True,
+    raises=(IndexError, ValueError),
+    reason="adaptive L is sized for the probed rows alone; safe_probes mixes names with rows",
+)
+def test_options_of_the_guard_go_with_pointwise_constraints(config):
+    """Every combination that the configuration accepts trains, or is refused by name."""
+    agent = make(SCPO, pointwise=True, fresh_starts=0, **config)
+    learn(agent, 3)
+    assert agent.guard.updates == 3
