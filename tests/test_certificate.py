@@ -14,7 +14,7 @@ from scpo_bench.scpo.certified_step import Objective
 from scpo_bench.scpo.constraints import Exact
 from scpo_bench.scpo.guard import OLDEST, Guard, UnsafeStartError
 from scpo_bench.scpo.guard_config import GuardConfig
-from scpo_bench.scpo.local_model import FirstOrder, wild
+from scpo_bench.scpo.local_model import FirstOrder
 from scpo_bench.scpo.projection import Certificate
 from scpo_bench.scpo.smoothness import Smoothness, curvatures
 
@@ -191,7 +191,7 @@ def test_one_jump_does_not_stop_learning_for_long():
     assert guard.breaches > 0
     assert decision.diagnostics["L/count"] > 100
     assert decision.w[0] <= 0.05
-    assert guard.smoothness.tolist() == [5.0]
+    assert guard.smoothness.known(0.0).tolist() == [5.0]
 
 
 @pytest.mark.parametrize("mode", ["certified", "verified"])
@@ -270,6 +270,23 @@ def test_noise_in_the_slopes_is_covered_in_certified_mode_only():
         guard = Guard(GuardConfig(mode=mode, **config))
         (decision,) = drive(guard, constraints, lambda w: np.array([5.0]), 1, np.zeros(1))
         assert decision.w == pytest.approx([expected], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "bank", [{}, {"probe_radius": 1e-2, "directions": 4}, {"probe_radius": 1e-2, "directions": 64}]
+)
+def test_an_uncontested_step_is_taken_to_the_last_bit(bank):
+    """Components that are exactly 0, as of dead units, come back with rounding errors of a sum."""
+    rng = np.random.default_rng(0)
+    guard = Guard(GuardConfig(smoothness="apriori", L=1e-3, trust_radius=10.0, **bank))
+    w = np.zeros(10)
+    for _ in range(20):
+        proposal = rng.normal(size=10)
+        proposal[rng.permutation(10)[:3]] = 0.0
+        decision = guard.update(w, lambda p=proposal: p, linear(np.ones(10), 1e6), rng)
+        assert decision.status == "unaltered"
+        assert np.array_equal(decision.w, w + proposal)
+        w = decision.w
 
 
 # ---- backtracking
@@ -357,8 +374,8 @@ def test_what_was_held_moves_again(rule):
     constraints = Exact(("g",), lambda w: -w + w**2 / 2)
     guard = Guard(GuardConfig(smoothness=rule))
     guard.memory = DirectionMemory.empty(1, 1)
-    guard.smoothness = Smoothness(rule, 1.0, 1.0, 1)
-    guard.smoothness.constants(np.arange(1), np.ones((1, 1)), np.ones(1))
+    guard.smoothness = Smoothness(rule, 1.0, 1.0, np.inf, 1)
+    guard.smoothness.constants(np.arange(1), np.ones((1, 1)), np.ones(1), False)
     guard.smoothness.raised(np.arange(1), np.array([1e6]))
     decisions = drive(guard, constraints, lambda w: np.array([0.1]), 80, np.zeros(1))
     statuses = [x.status for x in decisions]
@@ -417,15 +434,16 @@ def test_second_differences_of_quadratics():
 
 def test_raised_by_what_a_step_showed():
     """A breach that was four times what was allowed for needs four times the L; others stay."""
-    constants = Smoothness("apriori", 1.0, 1.0, 3)
+    constants = Smoothness("apriori", 1.0, 1.0, np.inf, 3)
     constants.raised(np.array([0, 2]), np.array([4.0, 0.0]))
-    L, errors = constants.constants(np.arange(3), None, np.array([0.5]))
+    L, errors = constants.constants(np.arange(3), None, np.array([0.5]), False)
     assert pytest.approx([4.0, 1.0, 1.0]) == L
     assert errors == pytest.approx(L[:, None] * 0.25)
     constants.raised(np.array([1]), np.array([1.01]))  # at least twice
     assert constants.known(0.0) == pytest.approx([4.0, 2.0, 1.0])
-    constants.relax()  # what is declared is not adapted
-    assert constants.known(0.0) == pytest.approx([4.0, 2.0, 1.0])
+    declared = Smoothness("apriori", 3.0, 1.0, np.inf, 1)
+    declared.carry(relax=True)  # no lower than declared
+    assert declared.known(0.0) == pytest.approx([3.0])
 
 
 @pytest.mark.parametrize("rule", ["sampled", "adaptive"])
@@ -446,7 +464,7 @@ def test_safe_probes_stay_inside_the_certificate():
             smoothness="apriori", L=10.0, probe_radius=0.5, safe_probes=True, smallest_probe=0.01
         )
     )
-    guard.smoothness = Smoothness("apriori", 10.0, 1.0, 1)
+    guard.smoothness = Smoothness("apriori", 10.0, 1.0, np.inf, 1)
     memory = DirectionMemory(np.array([[2.0, 0.0]]), np.zeros(2), np.zeros(2))
     assert guard._radius(np.array([-0.1]), memory) == pytest.approx((-2 + np.sqrt(4 + 2)) / 10)
     assert guard._radius(np.array([-50.0]), memory) == 0.5
@@ -479,13 +497,36 @@ def test_first_order_bounds_confine_the_step_and_drop_only_what_is_far():
     assert (few.radius, few.bounded.any()) == (2.0, False)
 
 
-def test_wild_curvature_is_relative_to_the_others():
-    """More than 50 times the median, where there are enough for one to mean something."""
-    L = np.ones(100)
-    L[3], L[5] = 49.0, 51.0
-    certificate = Certificate(-L, np.zeros((100, 1)), np.zeros((100, 1)), L, np.eye(1))
-    assert np.flatnonzero(wild(certificate)).tolist() == [5]
-    assert not wild(certificate.rows(np.arange(10))).any()
+@pytest.mark.xfail(strict=True, reason="coordinates z of skew columns may be longer than |R z|")
+def test_first_order_bounds_of_columns_that_are_nearly_parallel():
+    """A constraint across the raw step: its slopes along two columns at 0.002 rad are small.
+
+    It is at 3 after a step of 0.1 across; a first-order bound of -2 would let it drop out.
+    """
+    bank = candidate_bank(np.array([1.0, 0.0]), np.array([np.cos(0.002), np.sin(0.002)]), [], 2)
+    values = np.append(-2.0, np.full(71, -5.0))
+    gradients = np.zeros((72, 2))
+    gradients[0] = 0.0, 50.0
+    slopes = gradients @ bank.directions
+    certificate = Certificate(values, slopes, np.zeros((72, 2)), np.zeros(72), bank.factor)
+    simple = FirstOrder(certificate, np.zeros(72), 1.0)
+    z = bank.coordinates(np.array([0.0, 0.1]))
+    assert simple.bound(z, 0.1)[0] >= values[0] + gradients[0] @ np.array([0.0, 0.1]) - 1e-9
+
+
+def test_kinks_among_many_constraints_are_cut_only_where_evaluation_decides():
+    """A second difference of a thousand times the median is no curvature; a few have no median."""
+    c = np.ones((100, 2))
+    c[5, 1] = 1000.0
+    sampled = Smoothness("sampled", 1.0, 1.0, np.inf, 100)
+    rows, lengths = np.arange(100), np.full(2, 0.5)
+    L, errors = sampled.constants(rows, c, lengths, False)
+    assert (L[5], errors[5].tolist()) == (1000.0, [0.25, 250.0])
+    L, errors = sampled.constants(rows, c, lengths, True)
+    assert (L[4], errors[4].tolist()) == (1.0, [0.25, 0.25])
+    assert 1.0 < L[5] < 100.0
+    assert errors[5, 1] == L[5] / 4
+    assert sampled.constants(rows[:10], c[:10], lengths, True)[0][5] == 1000.0
 
 
 # ---- probes that serve several updates

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scpo_bench.scpo.projection import Certificate, project
 
 
-def reference(c: Certificate, target: np.ndarray, margin: float = 0.0) -> float:
+def reference(c: Certificate, target: np.ndarray, margin: np.ndarray | float = 0.0) -> float:
     """Optimal squared distance by cvxpy, in the coordinates z.
 
     Solved in units of the problem's own size.

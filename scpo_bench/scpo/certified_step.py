@@ -97,8 +97,9 @@ class Search:
             target *= min(1.0, simple.radius / length)
             result = project(certificate.rows(near), target, margin[near])
             z, change = self._backtrack(model, w, result.z)
-            if result.status == "inactive" and np.allclose(change, raw, rtol=1e-12, atol=0):
-                change = raw  # to the last bit
+            off = float(np.linalg.norm(change - raw))
+            if result.status == "inactive" and off <= 1e-12 * float(np.linalg.norm(raw)):
+                change = raw  # to the last bit, components that are 0 included
             if not change.any():
                 converged = self._converged(certificate.rows(near), target, margin[near], model, w)
                 reason = "converged" if converged else "coarse"
