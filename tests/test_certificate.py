@@ -497,7 +497,6 @@ def test_first_order_bounds_confine_the_step_and_drop_only_what_is_far():
     assert (few.radius, few.bounded.any()) == (2.0, False)
 
 
-@pytest.mark.xfail(strict=True, reason="coordinates z of skew columns may be longer than |R z|")
 def test_first_order_bounds_of_columns_that_are_nearly_parallel():
     """A constraint across the raw step: its slopes along two columns at 0.002 rad are small.
 
@@ -638,7 +637,7 @@ def test_bank_of_the_paper_by_hand():
 
 
 @pytest.mark.parametrize("angle", [0.0, 1e-8, 5e-4])
-@pytest.mark.parametrize("scale", [1.0, -3.0, 1e-6])
+@pytest.mark.parametrize("scale", [1.0, -3.0, 1e-5])
 def test_nearly_collinear_candidates_give_the_raw_step_alone(angle, scale):
     """The paper's rule; a column that adds nothing would make the certificate ill-conditioned."""
     raw = np.array([2.0, 0.0, 0.0])

@@ -45,9 +45,19 @@ class SCPOConfig(RolloutConfig, GuardConfig, GradientDescentConfig):
         for part in (GuardConfig, GradientDescentConfig, RolloutConfig):
             part.__post_init__(self)
         require(self, "constraint_noise", low=0)
+        name = type(self).__name__
+        if self.pointwise and self.smoothness == "adaptive":
+            raise UserError(
+                f"{name}.smoothness: expected 'sampled' or 'apriori' for pointwise constraints, "
+                "whose start states may change, got 'adaptive'"
+            )
+        if self.pointwise and self.safe_probes:
+            raise UserError(
+                f"{name}.safe_probes: expected False for pointwise constraints, got True"
+            )
         if self.mode == "certified" and self.active_starts > 0:
             raise UserError(
-                f"{type(self).__name__}.active_starts: expected 0 in certified mode, where nothing "
+                f"{name}.active_starts: expected 0 in certified mode, where nothing "
                 f"would evaluate the other start states, got {self.active_starts}"
             )
 
@@ -100,7 +110,7 @@ class SCPO(GradientDescent):
     def __init__(self, policy: Any, env: Any, **kwargs: Any) -> None:
         self._constraints: Constraints | None = None
         # Of pointwise constraints, for when the agent is loaded.
-        self._start_states: tuple[Floats, ...] | None = None
+        self._pointwise_state: tuple[Floats, ...] | None = None
         super().__init__(policy, env, **kwargs)
         self.guard = Guard(self.config)
 
@@ -128,8 +138,8 @@ class SCPO(GradientDescent):
                 self.seed or 0,
             )
             self._constraints = constraints_from(rollouts, config, config, self.seed or 0)
-            if isinstance(self._constraints, Pointwise) and self._start_states is not None:
-                self._constraints.start_states = self._start_states
+            if isinstance(self._constraints, Pointwise) and self._pointwise_state is not None:
+                self._constraints.state = self._pointwise_state
         return self._constraints
 
     @property
@@ -157,7 +167,7 @@ class SCPO(GradientDescent):
         )
         self.deploy(decision.w)
         if isinstance(self._constraints, Pointwise):
-            self._start_states = self._constraints.start_states
+            self._pointwise_state = self._constraints.state
         self.diagnostics = {**self.diagnostics, **decision.diagnostics}
 
 

@@ -17,11 +17,14 @@ from scipy.linalg import solve_triangular
 
 from scpo_bench.contract import Floats
 
-Candidate = Literal["previous", "normals", "momentum", "start", "cost", "random"]
+Candidate = Literal["previous", "normals", "momentum", "start", "cost"]
 
 DECAY = 0.9  # of the running estimate of each constraint's normal, and of the momentum
 # A candidate is left out if less than this share of its length is outside the span of those before.
 COLLINEAR = 1e-3
+# ... or if it is shorter than this share of the raw step: difference quotients over so little are
+# rounding.
+SHORT = 1e-6
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ def candidate_bank(
     scaled = [d * (length / np.linalg.norm(d)) for d in others if d.any()]
     columns, basis = [raw], [raw / length]
     for candidate in [*([] if previous is None else [previous]), *scaled]:
-        if len(columns) == min(count, len(raw)) or not candidate.any():
+        if len(columns) == min(count, len(raw)) or np.linalg.norm(candidate) < SHORT * length:
             continue
         rest = _orthogonal(candidate, basis)
         if rest is not None:

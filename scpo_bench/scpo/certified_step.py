@@ -101,12 +101,19 @@ class Search:
             if result.status == "inactive" and off <= 1e-12 * float(np.linalg.norm(raw)):
                 change = raw  # to the last bit, components that are 0 included
             if not change.any():
-                converged = self._converged(certificate.rows(near), target, margin[near], model, w)
-                reason = "converged" if converged else "coarse"
+                # A certified step that the loss does not fall along is no descent.
+                rising = (result.z != model.bank.coordinates(w - model.w)).any()
+                straight = certificate.rows(near)
+                if rising or self._converged(straight, target, margin[near], model, w):
+                    reason = "converged"
+                else:
+                    reason = "coarse"
                 break
             realised = constraints.evaluate(w + change)
             bound = simple.bound(z, model.bank.length(z))
-            exceeded = self._judge(model, certificate, z, bound, margin, realised)
+            exceeded = self._judge(
+                model, certificate, z, bound + 2 * rounding + ROUNDING, margin, realised
+            )
             allowed = np.maximum(model.values, -config.recheck * config.margin)
             if certified or (realised <= allowed).all():
                 active = near & (bound > -margin - NEARLY_ACTIVE)
@@ -138,7 +145,7 @@ class Search:
         """Whether a certified step to z ended above its bound somewhere; counts, and raises L."""
         # Of noisy values only what is certain counts; L must not learn from luck.
         certain = (realised - self.constraints.uncertainty)[model.rows]
-        exceeded = certain > bound + ROUNDING
+        exceeded = certain > bound
         ceiling = np.maximum(model.values[model.rows], -margin)
         self.exceeded += bool(exceeded.any())
         self.breaches += bool((exceeded & (certain > ceiling + ROUNDING)).any())

@@ -227,6 +227,8 @@ class Guard:
             self._took(taken, search.model)
         else:
             self._stayed(taken, g, search.model)
+        if search.exceeded:
+            self._model = None  # the policy may lie outside of what it certifies now
         diagnostics = {
             "proposal_norm": length,
             **self._diagnostics(taken, g, search.model, constraints),

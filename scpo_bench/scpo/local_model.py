@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import solve_triangular
 
 from scpo_bench.contract import Floats
 from scpo_bench.scpo.bank import Bank
@@ -13,6 +14,7 @@ from scpo_bench.scpo.constraints import Constraints
 from scpo_bench.scpo.projection import FIRST, Certificate
 from scpo_bench.scpo.smoothness import Smoothness, curvatures
 
+EPSILON = 4 * np.finfo(np.float64).eps
 STEEPNESS = 2.0  # of first-order bounds, times the slopes that were seen
 
 
@@ -43,11 +45,14 @@ class LocalModel:
         """
         bank = self.bank
         L, errors = smoothness.constants(self.rows, self.curvatures, bank.lengths, cut)
+        values = self.values[self.rows]
+        # A difference quotient over |d_j| is off by the rounding of the values, divided by |d_j|.
+        errors = errors + np.outer(EPSILON * (1.0 + np.abs(values)), 1 / bank.lengths)
         if with_noise:
             errors = errors + self.noise
         if np.any(rounding):
             errors = errors + np.outer(2 * np.broadcast_to(rounding, len(L)), 1 / bank.lengths)
-        return Certificate(self.values[self.rows], self.slopes, errors, L, bank.factor)
+        return Certificate(values, self.slopes, errors, L, bank.factor)
 
     def without(self, changed: NDArray[np.intp], values: Floats) -> LocalModel:
         """This model without constraints that others have replaced, whose values are now known.
@@ -133,7 +138,10 @@ class FirstOrder:
         if k <= FIRST:
             return
         slack = np.maximum(-margin - certificate.values, 0.0)
-        steepness = np.linalg.norm(np.abs(certificate.slopes) + certificate.slope_errors, axis=1)
+        # Along the steepest step: |s.z| and e.|z| for |R z| = 1, where columns may be skew.
+        inverse = solve_triangular(certificate.factor, np.eye(len(certificate.factor)))
+        errors = np.linalg.norm(certificate.slope_errors, axis=1) * np.linalg.norm(inverse, 2)
+        steepness = np.linalg.norm(certificate.slopes @ inverse, axis=1) + errors
         self._steepness = STEEPNESS * steepness
         allowed = slack / np.maximum(self._steepness, 1e-300)
         root = np.sqrt(steepness**2 + 2 * certificate.smoothness * slack)

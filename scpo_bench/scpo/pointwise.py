@@ -52,13 +52,15 @@ class Pointwise:
         self._seen = np.full(rollouts.starts, -np.inf)
 
     @property
-    def start_states(self) -> tuple[Floats, ...]:
-        """One array [n] per component: part of what a saved training run has to remember."""
-        return self._rollouts.start_states
+    def state(self) -> tuple[Floats, ...]:
+        """What a saved training run has to remember: the start states, one array [starts] per
+        component, and the largest value that was seen from each."""
+        return (*self._rollouts.start_states, self._seen.copy())
 
-    @start_states.setter
-    def start_states(self, states: tuple[Floats, ...]) -> None:
-        self._rollouts.start_states = states
+    @state.setter
+    def state(self, state: tuple[Floats, ...]) -> None:
+        *states, self._seen = state
+        self._rollouts.start_states = tuple(states)
 
     def begin_update(self, update: int, w: Floats, g: Floats | None) -> Floats:
         if g is None:

@@ -43,6 +43,7 @@ class Smoothness:
         self, rule: Rule, declared: float, factor: float, largest: float, count: int
     ) -> None:
         self.rule, self._factor, self._largest = rule, factor, largest
+        self._least = {"apriori": declared, "sampled": 1.0, "adaptive": FLOOR}[rule]
         # apriori and adaptive: L_i; sampled: what multiplies the sampled constant.
         self._scale: Floats | None = None
         if rule != "adaptive":
@@ -96,10 +97,8 @@ class Smoothness:
 
     def carry(self, relax: bool) -> None:
         """To the next update. relax: a bit lower, after an update that exceeded no bound."""
-        if self.rule == "apriori" or self._scale is None:
+        if self._scale is None:
             return
         scale = SHRINK * self._scale if relax else self._scale
-        if self.rule == "sampled":
-            self._scale = np.maximum(scale, 1.0)
-        else:
-            self._scale = np.clip(scale, FLOOR, self._largest)
+        most = self._largest if self.rule == "adaptive" else np.inf
+        self._scale = np.clip(scale, self._least, most)
