@@ -170,7 +170,7 @@ def test_certified_mode_refuses_what_nothing_would_evaluate():
     """Starts that are neither probed nor evaluated would not be certified at all."""
     for agent_class, config in (
         (PointwiseSCPO, {}),
-        (SCPO, {"pointwise": True, "active_starts": 4}),
+        (SCPO, {"pointwise": True, "active_starts": 4, "smoothness": "sampled"}),
     ):
         with pytest.raises(UserError, match="active_starts: expected 0 in certified mode"):
             make(agent_class, mode="certified", **config)
@@ -258,16 +258,10 @@ def test_the_slopes_of_the_pointwise_agent_are_gradients(monkeypatch):
     assert len(models) >= 2
 
 
-SHORT = pytest.mark.xfail(
-    strict=True,
-    reason="the previous step can be as short as 1e-17: its difference quotient is rounding",
-)
-
-
 @pytest.mark.parametrize(
     "bank",
     [
-        pytest.param({}, marks=SHORT),
+        {},
         {"candidates": ()},
         {"directions": 99, "probe_radius": 1e-3, "candidates": ()},
     ],
@@ -434,15 +428,10 @@ def test_a_resumed_run_makes_the_same_update(task, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "config", [{"active_starts": 4}, {"safe_probes": True, "probe_radius": 0.1}]
+    ("config", "field"),
+    [({}, "smoothness"), ({"smoothness": "sampled", "safe_probes": True}, "safe_probes")],
 )
-@pytest.mark.xfail(
-    strict=True,
-    raises=(IndexError, ValueError),
-    reason="adaptive L is sized for the probed rows alone; safe_probes mixes names with rows",
-)
-def test_options_of_the_guard_go_with_pointwise_constraints(config):
-    """Every combination that the configuration accepts trains, or is refused by name."""
-    agent = make(SCPO, pointwise=True, fresh_starts=0, **config)
-    learn(agent, 3)
-    assert agent.guard.updates == 3
+def test_options_that_do_not_go_with_pointwise_constraints_are_refused(config, field):
+    """Adaptive L is one per constraint for good; safe probes need one normal per constraint."""
+    with pytest.raises(UserError, match=f"{field}: expected"):
+        make(SCPO, pointwise=True, **config)
