@@ -243,6 +243,17 @@ def test_bad_episodes_are_foreseen():
     assert plain.evaluate(np.zeros(1))[0] <= 0 < wary.evaluate(np.zeros(1))[0]
 
 
+def test_a_policy_of_wide_spread_is_not_kept_for_its_mean():
+    """Mean -0.3, spread 1: ten further episodes exceed 0 in 17 %, and 10 % is allowed."""
+    y = np.random.default_rng(3).normal(size=(256, 1))
+    y = (y - y.mean()) / y.std()
+    for spread, kept in ((1.0, False), (0.6, True)):
+        constraint = noisy(0.0, 1.0, rollout_budget=8, predicted_episodes=10)
+        constraint.evidence.keep(np.zeros(1), -0.3 + spread * y)
+        constraint._rollouts.value, constraint._rollouts.std = -0.3, 0.01
+        assert (constraint.evaluate(np.zeros(1))[0] <= 0) == kept
+
+
 def costs(share, cost):
     """Draws y of an episode that costs ``cost`` (limit 25) with probability ``share``, or 0."""
     return lambda rng: (cost * (rng.random() < share) - 25.0) / 25.0
