@@ -48,7 +48,7 @@ class GuardConfig:
     """The declared smoothness constant of every constraint (per squared unit of w), for
     ``apriori``.
     """
-    largest_L: float = np.inf
+    largest_L: float = 1e9
     """adaptive: the largest L that is carried to the next update. Where the constraint jumps (costs
     are counts), what one breached step shows is no curvature, and would stop learning for long.
     """
