@@ -17,9 +17,11 @@ import scpo_bench  # noqa: F401 - registers the tasks
 from scpo_bench.contract import ProbeMeter
 from scpo_bench.errors import UserError
 from scpo_bench.scpo import bounds, estimation
-from scpo_bench.scpo.constraints import Exact, RolloutConfig, constraints_from
+from scpo_bench.scpo.constraints import Exact, RolloutConfig
 from scpo_bench.scpo.estimation import Evidence, Expected
-from scpo_bench.scpo.guard import Guard, GuardConfig
+from scpo_bench.scpo.evaluation import constraints_from
+from scpo_bench.scpo.guard import Guard
+from scpo_bench.scpo.guard_config import GuardConfig
 from scpo_bench.scpo.rollouts import BatchedRollouts, EpisodeRollouts
 from scpo_bench.scpo.spaces import PolicyWeights
 
@@ -60,13 +62,17 @@ def test_exact_rollouts_need_no_confidence_bounds():
     policy = PPO("MlpPolicy", gym.make("scpo_bench/HarmfulRegression-v0"), device="cpu").policy
     space = PolicyWeights(policy)
     config = RolloutConfig(rollouts=2, rollout_budget=4, level=0.1)
-    exact = constraints_from(BatchedRollouts(task, space, 32, 50.0, ProbeMeter()), config, 3)
+    exact = constraints_from(
+        BatchedRollouts(task, space, 32, 50.0, ProbeMeter()), config, GuardConfig(), 0
+    )
     assert isinstance(exact, Exact)
-    assert not exact.begin_update(1)
+    assert not exact.noisy
+    known = np.array([-7.0, -8.0])
+    assert exact.begin_update(1, np.zeros(space.dimension), known) is known
     noise = BatchedRollouts(task, space, 32, 50.0, ProbeMeter(), noise_std=0.1)
-    expected = constraints_from(noise, config, 3)
+    expected = constraints_from(noise, config, GuardConfig(), 0)
     assert isinstance(expected, Expected)
-    assert expected.begin_update(1)
+    assert expected.noisy
 
 
 def test_evaluation_is_the_upper_confidence_bound():
@@ -99,7 +105,9 @@ def test_unsafe_is_accepted_no_oftener_than_the_level():
 def test_paired_differences_cancel_common_noise():
     """Noise of 1, a change of 1e-3: independent rollouts could not resolve it, paired ones do."""
     constraint = noisy(-5.0, 1.0)
-    values, half = constraint.probe(np.zeros(1), np.array([-5.0]), np.array([[1e-3], [-1e-3]]))
+    values, half = constraint.probe(
+        np.zeros(1), np.array([-5.0]), np.array([[1e-3], [-1e-3]]), np.arange(1)
+    )
     assert values == pytest.approx(np.array([[-4.999], [-5.001]]))
     assert half == pytest.approx(0.0, abs=1e-12)
 
@@ -112,7 +120,7 @@ def test_noise_is_no_slope():
     constraint = noisy(-1.0, 0.0, probe_rollouts=4)
     y = np.random.default_rng(0).normal(size=(401, 4, 1)) - 1.0
     constraint._rollouts = lambda w, used: y
-    values, half = constraint.probe(np.zeros(1), np.array([-1.0]), np.zeros((400, 1)))
+    values, half = constraint.probe(np.zeros(1), np.array([-1.0]), np.zeros((400, 1)), np.arange(1))
     assert np.mean(values == -1.0) > 0.5
     measured = (y[1:] - y[0]).mean(axis=1)
     raw = bounds.student(y[1:] - y[0], 0.05 / 4 / 10 / 400)
@@ -124,9 +132,8 @@ def test_no_noise_is_drawn_twice():
     """A candidate chosen by its probes' luck must not be judged by the same luck."""
     constraint = noisy(-0.05, 0.1, rollout_budget=32, probe_rollouts=4)
     for update in range(3):
-        constraint.begin_update(update)
-        g = constraint.evaluate(np.zeros(1))
-        constraint.probe(np.zeros(1), g, np.full((2, 1), 0.1))
+        g = constraint.begin_update(update, np.zeros(1), None)
+        constraint.probe(np.zeros(1), g, np.full((2, 1), 0.1), np.arange(1))
         for candidate in (0.01, 0.005):
             constraint.evaluate(np.full(1, candidate))
     drawn = streams(constraint)
@@ -153,7 +160,7 @@ def test_a_candidate_is_not_favoured_by_the_noise_it_was_chosen_under():
 
         constraint._rollouts = type("Own", (), {"__call__": staticmethod(own), "names": ("g",)})()
         probes = np.arange(1.0, 11.0)[:, None]
-        values, _ = constraint.probe(np.zeros(1), np.array([-1.0]), probes)
+        values, _ = constraint.probe(np.zeros(1), np.array([-1.0]), probes, np.arange(1))
         best = probes[int(np.argmin(values))]
         y = constraint._look(best, None, 8)
         errors.append(y.mean() + 1.0)
@@ -165,7 +172,7 @@ def test_evidence_of_the_deployed_policy_is_pooled():
     constraint = noisy(-0.5, 0.1, probe_rollouts=4)
     w = np.full(1, 0.001)
     first = constraint.evaluate(w)
-    constraint.probe(w, first, np.ones((1, 1)))
+    constraint.probe(w, first, np.ones((1, 1)), np.arange(1))
     written = w + 1e-9  # to a network in float32 and back
     second = constraint.evaluate(written)
     y = constraint.evidence.of(w)
@@ -241,6 +248,17 @@ def test_bad_episodes_are_foreseen():
         noisy(-0.1, 0.2, rollout_budget=64, rollouts=64, predicted_episodes=n) for n in (0, 2)
     )
     assert plain.evaluate(np.zeros(1))[0] <= 0 < wary.evaluate(np.zeros(1))[0]
+
+
+def test_a_policy_of_wide_spread_is_not_kept_for_its_mean():
+    """Mean -0.3, spread 1: ten further episodes exceed 0 in 17 %, and 10 % is allowed."""
+    y = np.random.default_rng(3).normal(size=(256, 1))
+    y = (y - y.mean()) / y.std()
+    for spread, kept in ((1.0, False), (0.6, True)):
+        constraint = noisy(0.0, 1.0, rollout_budget=8, predicted_episodes=10)
+        constraint.evidence.keep(np.zeros(1), -0.3 + spread * y)
+        constraint._rollouts.value, constraint._rollouts.std = -0.3, 0.01
+        assert (constraint.evaluate(np.zeros(1))[0] <= 0) == kept
 
 
 def costs(share, cost):

@@ -16,7 +16,8 @@ from scpo_bench.runs.environments import NativeVecEnv
 from scpo_bench.scpo import recovery
 from scpo_bench.scpo.agent import SCPO
 from scpo_bench.scpo.constraints import Exact
-from scpo_bench.scpo.guard import Guard, GuardConfig, UnsafeStartError
+from scpo_bench.scpo.guard import Guard, UnsafeStartError
+from scpo_bench.scpo.guard_config import GuardConfig
 from scpo_bench.scpo.projection import Certificate
 from scpo_bench.scpo.recovery import Verified, descend, fall_back, least_violation, pushed
 
@@ -62,13 +63,15 @@ def test_fall_back_skips_the_failed_policy_and_what_is_no_longer_safe():
 class Turning(Exact):
     """g = w - 1, and more at policies in ``bad`` from update ``when`` on. Counts as noisy."""
 
+    noisy = True
+
     def __init__(self, bad, when):
         super().__init__(("g",), self.value)
         self.bad, self.when, self.update = bad, when, 0
 
-    def begin_update(self, update):
+    def begin_update(self, update, w, g):
         self.update = update
-        return True
+        return self.evaluate(w)
 
     def value(self, w):
         turned = [self.update >= self.when and round(row[0], 6) in self.bad for row in w]
@@ -88,7 +91,7 @@ def walk(guard, constraints, change, updates):
 
 def test_the_policy_that_failed_is_not_returned_to():
     """0.3 turns out unsafe, and so does 0.2, to which it would have returned for ever."""
-    guard = Guard(GuardConfig(smoothness="apriori", L=1e-9, trust_radius=10.0))
+    guard = Guard(GuardConfig(smoothness="apriori", L=1e-9, trust_radius=10.0, recheck=0.0))
     decisions = walk(guard, Turning({0.2, 0.3}, when=4), 0.1, 8)
     assert [x.status == "recovered" for x in decisions] == [x == 3 for x in range(8)]
     assert decisions[3].w == pytest.approx([0.1])
@@ -97,7 +100,7 @@ def test_the_policy_that_failed_is_not_returned_to():
 
 def test_where_no_policy_is_left_training_goes_on_from_the_first():
     """All policies turn out unsafe: it stays at the start policy, and does not stop."""
-    guard = Guard(GuardConfig(smoothness="apriori", L=1e-9, trust_radius=10.0))
+    guard = Guard(GuardConfig(smoothness="apriori", L=1e-9, trust_radius=10.0, recheck=0.0))
     decisions = walk(guard, Turning({0.0, 0.1, 0.2, 0.3}, when=4), 0.1, 6)
     assert [x.status for x in decisions[3:]] == ["recovered"] * 3
     assert [x.w[0] for x in decisions[3:]] == [0.0] * 3
@@ -105,7 +108,7 @@ def test_where_no_policy_is_left_training_goes_on_from_the_first():
 
 def test_the_margin_learns_from_returns():
     """It grows with each, keeps the next steps further from the limit, and decays."""
-    guard = Guard(GuardConfig(smoothness="apriori", L=1e-9, trust_radius=10.0))
+    guard = Guard(GuardConfig(smoothness="apriori", L=1e-9, trust_radius=10.0, recheck=0.0))
     (*_, last) = walk(guard, Turning({0.3}, when=4), 0.1, 4)
     assert last.status == "recovered"
     assert guard.learned_margin == recovery.FIRST
@@ -132,13 +135,12 @@ def test_least_violation_agrees_with_cvxpy(seed):
     k, m = int(rng.integers(1, 9)), int(rng.integers(1, 17))
     values = rng.normal(size=k)
     values[0] = abs(values[0])
-    errors = rng.exponential(0.05, k) * (seed % 2)
-    c = Certificate(values, rng.normal(size=(k, m)), errors, rng.exponential(2, k))
+    slopes = rng.normal(size=(k, m))
+    c = Certificate(values, slopes, np.zeros((k, m)), rng.exponential(2, k), np.eye(m))
     radius, margin = 10 ** rng.uniform(-2, 0.5), 0.1
     z, t = cp.Variable(m), cp.Variable()
     bounds = [
-        g + s @ z + e * cp.norm1(z) + L / 2 * cp.sum_squares(z)
-        for g, s, e, L in zip(c.values, c.slopes, c.slope_errors, c.smoothness)
+        g + s @ z + L / 2 * cp.sum_squares(z) for g, s, L in zip(c.values, c.slopes, c.smoothness)
     ]
     limits = [b <= (t if g > 0 else 0.0) for b, g in zip(bounds, values)]
     problem = cp.Problem(cp.Minimize(t), [*limits, cp.norm(z, 2) <= radius, t >= -margin])
@@ -159,7 +161,7 @@ def test_a_step_is_taken_only_if_the_violation_falls():
         (lambda z: np.array([0.5 + z[0], -0.2]), False),
         (lambda z: np.array([0.5 - z[0], 0.1]), False),
     ):
-        step = descend(g, slopes, values, **settings)
+        step = descend(g, np.arange(2), slopes, values, **settings)
         assert bool(step.z.any()) == taken
         assert (step.g[0] < 0.5) == taken
         assert step.radius == pytest.approx(1.0 if taken else 0.5, rel=0.01)

@@ -158,11 +158,11 @@ class Few:
 
     noisy = False
     changed = NONE
+    uncertainty: Floats | float = 0.0
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
         self.group = np.arange(len(names))
-        self.uncertainty: Floats | float = 0.0
 
     def nearest(self, g: Floats) -> NDArray[np.intp]:
         return self.group

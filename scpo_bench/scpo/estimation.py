@@ -14,6 +14,7 @@ from scpo_bench.scpo.constraints import Few, RolloutConfig
 from scpo_bench.scpo.rollouts import Rollouts
 
 POLICIES = 32  # safe policies whose rollouts are kept
+GIVEN_UP = 2  # times the level: chance of bad further episodes at which a policy is given up
 KNOWN = 16  # costly rollouts from which on their mean is believed
 CLEAR = 0.4  # share of the distance to the limit that a bound has to leave to need no more rollouts
 # Parameters closer than this are the same policy: written to a network and read back they have
@@ -75,8 +76,9 @@ class Expected(Few):
     may be noise is shrunk towards 0.
     Once found safe, a policy is looked at again in every update that starts from it, and all its
     rollouts count. Then it alone is at stake, and it is given up when its mean is not found below
-    the limit at the whole ``level``; candidates share the level (Bonferroni: candidates,
-    constraints and, unless the bound holds at all times, the doublings).
+    the limit at the whole ``level``, or when further episodes would exceed it too often. Candidates
+    share the level (Bonferroni: candidates, constraints and, unless the bound holds at all times,
+    the doublings).
 
     Raises UserError if ``config.bound`` is "betting" and the values' range is unknown, or if a
     rollout costs more than that range says.
@@ -117,7 +119,7 @@ class Expected(Few):
         used = self._config.rollouts if known is None else (self._config.rollouts + 1) // 2
         y = self._look(w, known, used)
         while True:
-            upper, mean = self._upper(y, self._share), y.mean(axis=0)
+            upper, mean = self._upper(y, self._share, self._config.level), y.mean(axis=0)
             lower = mean - bounds.student(y, self._share)
             # Clear: certainly unsafe, or safe by a good part of the distance to the limit.
             unsafe = (lower > 0).any()
@@ -129,7 +131,7 @@ class Expected(Few):
         if known is None:
             upper = upper + self._config.reserve
         else:
-            kept = self._mean_bound(y, self._whole)
+            kept = self._upper(y, self._whole, GIVEN_UP * self._config.level)
             upper = np.where(kept <= 0, np.minimum(upper, 0.0), np.maximum(upper, kept))
         if (upper <= 0).all():
             self.evidence.keep(w, y)
@@ -161,12 +163,14 @@ class Expected(Few):
     def _range(self) -> tuple[float, float]:
         return self._span or (-np.inf, np.inf)
 
-    def _upper(self, y: Floats, tail: float) -> Floats:
-        """The bound that a policy must keep to be deployed: [k], from y [n, k]."""
+    def _upper(self, y: Floats, tail: float, bad_luck: float) -> Floats:
+        """The bound that a policy must keep: [k], from y [n, k].
+
+        bad_luck: the probability with which further episodes may exceed the limit.
+        """
         upper = self._mean_bound(y, tail)
         if self._config.predicted_episodes:
-            level = self._config.level
-            further = bounds.predicted(y, self._config.predicted_episodes, level)
+            further = bounds.predicted(y, self._config.predicted_episodes, bad_luck)
             upper = np.maximum(upper, further)
         return upper
 

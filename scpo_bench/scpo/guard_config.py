@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -30,7 +29,7 @@ class GuardConfig:
     """The declared smoothness constant of every constraint (per squared unit of w), for
     ``apriori``.
     """
-    largest_L: float = math.inf
+    largest_L: float = 1e9
     """adaptive: the largest L that is carried to the next update. Where the constraint jumps (costs
     are counts), what one breached step shows is no curvature, and would stop learning for long.
     """
