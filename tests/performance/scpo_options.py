@@ -1,4 +1,4 @@
-"""What each option of SCPO buys, and how often its certificate is wrong: double-integrator imitation.
+"""What each option of SCPO buys, and how often its certificate fails: imitation.
 
     python tests/performance/scpo_options.py --write docs/scpo_options.md
 
@@ -113,8 +113,8 @@ def main() -> None:
     if arguments.write:
         arguments.write.write_text(
             "# What each option of SCPO buys\n\n"
-            f"`{TASK}`, {arguments.updates} updates, {arguments.seeds} seeds: median (lowest to "
-            "highest) of the gap between backup and oracle that is\nclosed. *Exceeded*: a certified "
+            f"`{TASK}`, {arguments.updates} updates, {arguments.seeds} seeds: median (lowest "
+            "to highest) of the gap between backup and oracle that is\nclosed. *Exceeded*: a certified "
             "step after which some constraint value lay above its bound; *breaches*: of these, "
             "where it also lay\nabove what the step was certified to keep to. Both as counted by "
             "the agent, per update; several may fall into one update. Violations are\nthose that "
