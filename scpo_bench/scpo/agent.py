@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 from scpo_bench.configuration import require
 from scpo_bench.contract import probe_meter_of, task_of
 from scpo_bench.errors import UserError
-from scpo_bench.scpo.constraints import Constraints, RolloutConfig, constraints_from
+from scpo_bench.scpo.closed_form import ClosedForm, ProvenGuard
+from scpo_bench.scpo.constraints import RolloutConfig, constraints_from
 from scpo_bench.scpo.gradient_descent import GradientDescent, GradientDescentConfig
 from scpo_bench.scpo.guard import Guard, GuardConfig
 from scpo_bench.scpo.rollouts import BatchedRollouts, refuse_wrappers
@@ -51,19 +52,23 @@ class SCPO(GradientDescent):
     config: SCPOConfig
 
     def __init__(self, policy: Any, env: Any, **kwargs: Any) -> None:
-        self._constraints: Constraints | None = None
+        self._constraints: Any = None  # Constraints, or a ClosedForm in mode `proven`
         super().__init__(policy, env, **kwargs)
-        self.guard = Guard(self.config)
+        proven = self.config.mode == "proven"
+        self.guard: Guard | ProvenGuard = ProvenGuard() if proven else Guard(self.config)
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_constraints"]
 
     @property
-    def constraints(self) -> Constraints:
+    def constraints(self) -> Any:
         if self._constraints is None:
             config, task = self.config, task_of(self.env)
             assert self.env is not None
             refuse_wrappers(self.env)
+            if config.mode == "proven":
+                self._constraints = ClosedForm(task, self.space, self.policy)
+                return self._constraints
             if task is None:
                 raise UserError(
                     "SCPO: constraints are evaluated in batches, and this environment offers no "

@@ -24,7 +24,7 @@ from scpo_bench.scpo.constraints import Constraints, describe_unsafe
 from scpo_bench.scpo.directions import Candidate, DirectionMemory, probe_basis
 from scpo_bench.scpo.projection import Certificate, project
 
-Mode = Literal["certified", "verified"]
+Mode = Literal["certified", "verified", "proven"]
 Differences = Literal["central", "forward"]
 
 
@@ -38,7 +38,8 @@ class GuardConfig:
 
     mode: Mode = "verified"
     """certified (the paper): deploy on the strength of the certificate. verified: evaluate first,
-    and deploy only what is then safe.
+    and deploy only what is then safe. proven: deploy only what is proved safe from every state, where
+    the plant is known (:mod:`scpo_bench.scpo.closed_form`).
     """
     smoothness: smoothness.Rule = "adaptive"
     """apriori: L as declared. sampled: second differences times ``safety_factor``, with decay.
