@@ -47,7 +47,6 @@ _SETTINGS = {
     "max_iter": 20_000,
     "adaptive_rho": 1,
     "adaptive_rho_interval": 50,
-    "polishing": True,
 }
 
 
