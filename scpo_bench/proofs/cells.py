@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from scpo_bench.contract import Floats
 from scpo_bench.proofs.plants import corners
 
 
-class Cells(NamedTuple):
+@dataclass(frozen=True)
+class Cells:
     """N cubes: centre [N, n] and half width [N]."""
 
     centre: Floats
     half: Floats
 
-    def __getitem__(self, chosen: object) -> Cells:  # type: ignore[override]
-        return Cells(self.centre[chosen], self.half[chosen])  # type: ignore[index]
+    def __len__(self) -> int:
+        return len(self.half)
+
+    def __getitem__(self, chosen: slice | NDArray[np.bool_]) -> Cells:
+        return Cells(self.centre[chosen], self.half[chosen])
 
     @property
     def radius(self) -> Floats:

@@ -2,8 +2,8 @@
 
 Over the box {c + d : |d_i| <= r_i}, u(c + d) lies in value + gradient . d +- slack. For tanh
 networks the remainder is that of a second-order Taylor expansion whose Hessian is enclosed over the
-box (its error falls with r^3 where neurons' curvatures cancel); for ReLU networks and on the ramp of
-a gate, the mean value form with an enclosed gradient.
+box, so that curvatures of units cancel as their outputs do; for ReLU networks and on the ramp of a
+gate, the mean value form with an enclosed gradient.
 
 All arrays of a network's layers are [..., N, h], N boxes and h units. Intervals are (centre,
 radius).
@@ -119,7 +119,10 @@ def _tanh_network(policy: Policy, centre: Floats, radius: Floats) -> _Network:
         z = h @ W.T + b
     assert curvature is not None
     return _Network(
-        z[:, 0], gradient[..., 0], np.zeros((n, len(centre))), (curvature[0][..., 0], curvature[1][..., 0])
+        z[:, 0],
+        gradient[..., 0],
+        np.zeros((n, len(centre))),
+        (curvature[0][..., 0], curvature[1][..., 0]),
     )
 
 

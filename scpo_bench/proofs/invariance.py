@@ -36,7 +36,7 @@ class Invariance(NamedTuple):
 
     @property
     def proved(self) -> bool:
-        return len(self.open_.half) == 0
+        return len(self.open_) == 0
 
 
 def _vertices(cells: Cells) -> tuple[Floats, NDArray[np.bool_]]:
@@ -52,7 +52,10 @@ def _vertices(cells: Cells) -> tuple[Floats, NDArray[np.bool_]]:
     normal = cells.centre / np.maximum(length, 1e-300)
     # n . y <= 1 holds in S; the tolerance is for the rounding of n.
     room = 1 + 1e-12 - length
-    a, b = room - np.einsum("nki,ni->nk", start, normal), room - np.einsum("nki,ni->nk", end, normal)
+    a, b = (
+        room - np.einsum("nki,ni->nk", start, normal),
+        room - np.einsum("nki,ni->nk", end, normal),
+    )
     with np.errstate(divide="ignore", invalid="ignore"):
         crossing = start + (a / (a - b))[..., None] * (end - start)
     first = np.where((a >= 0)[..., None], start, crossing)
@@ -75,11 +78,11 @@ def margins(problem: Problem, cells: Cells) -> Floats:
     if n == 2:
         offsets, empty = _vertices(cells)
     else:
-        offsets, empty = corners(n) * cells.half[:, None, None], np.zeros(len(cells.half), bool)
+        offsets, empty = corners(n) * cells.half[:, None, None], np.zeros(len(cells), bool)
     points = (cells.centre[:, None] + offsets).reshape(-1, n)
-    low, high = (bound.reshape(len(cells.half), -1) for bound in plant.safe_actions(points))
+    low, high = (bound.reshape(len(cells), -1) for bound in plant.safe_actions(points))
     at_vertices = u.value[:, None] + np.einsum("nci,ni->nc", offsets, u.gradient)
-    slack = (u.slack + problem.error)[:, None]
+    slack = (u.slack + problem.errors(cells.centre, cells.radius))[:, None]
     above = (high - at_vertices - slack).min(axis=1)
     below = (at_vertices - slack - low).min(axis=1)
     # Where the limit of the action is itself safe, so is what is beyond it.
@@ -91,9 +94,10 @@ def margins(problem: Problem, cells: Cells) -> Floats:
 def point_margins(problem: Problem, y: Floats) -> Floats:
     """[N]: :func:`margins` of boxes that are single points y [N, n]."""
     u, plant = problem.policy(y), problem.plant
+    error = problem.errors(y, np.zeros_like(y))
     low, high = plant.safe_actions(y)
-    above = np.where(high >= plant.u_max, np.inf, high - u - problem.error)
-    below = np.where(low <= -plant.u_max, np.inf, u - problem.error - low)
+    above = np.where(high >= plant.u_max, np.inf, high - u - error)
+    below = np.where(low <= -plant.u_max, np.inf, u - error - low)
     return np.minimum(above, below)
 
 
@@ -106,16 +110,16 @@ def check(problem: Problem, budget: int = 200_000, smallest: float = SMALLEST) -
     waiting = cover(n, 1.0, PER_SIDE if n > 1 else 16 * PER_SIDE)
     examined = 0
     while True:
-        examined += len(waiting.half)
-        chunks = range(0, len(waiting.half), CHUNK)
+        examined += len(waiting)
+        chunks = range(0, len(waiting), CHUNK)
         value = np.concatenate([margins(problem, waiting[i : i + CHUNK]) for i in chunks])
         open_ = waiting[value < 0]
-        if not len(open_.half):
+        if not len(open_):
             return Invariance(examined, open_, np.zeros(0))
         inside = np.linalg.norm(open_.centre, axis=1) <= 1.0
         hopeless = inside & (point_margins(problem, open_.centre) < 0)
         if hopeless.any() or examined > budget or (open_.half <= smallest).any():
             return Invariance(examined, open_, -value[value < 0])
         waiting = split(open_, 1.0)
-        if not len(waiting.half):
+        if not len(waiting):
             return Invariance(examined, waiting, np.zeros(0))

@@ -17,7 +17,7 @@ from scpo_bench.envs.double_integrator import START_SHARE, DoubleIntegrator
 from scpo_bench.envs.double_integrator_control import P_MAX_M, U_MAX_M_S2, V_MAX_M_S, A, B, backup
 from scpo_bench.envs.harmful_regression import RegressionTask
 from scpo_bench.errors import UserError
-from scpo_bench.proofs.policy import Policy, rounding_error
+from scpo_bench.proofs.policy import RAMP_MARGIN, Policy, rounding_error
 
 
 @dataclass(frozen=True)
@@ -118,16 +118,30 @@ def plant_of(task: BatchedTask | None) -> Plant:
 
 @dataclass(frozen=True)
 class Problem:
-    """A plant and a policy for it in the coordinates y. error: of its float32 action, at most."""
+    """A plant and a policy for it in the coordinates y.
+
+    error, ramp_error: of its float32 action, as from ``rounding_error``.
+    """
 
     plant: Plant
     policy: Policy
     error: float
+    ramp_error: float = 0.0
+
+    def errors(self, centre: Floats, radius: Floats) -> Floats:
+        """A bound [N] on the error of the float32 action over N boxes."""
+        errors = np.full(len(centre), self.error)
+        if self.policy.gate is not None:
+            P, level = self.policy.gate
+            value = np.einsum("ni,ij,nj->n", centre, P, centre)
+            least = value - ((np.abs(2 * centre @ P) + radius @ np.abs(P)) * radius).sum(axis=1)
+            errors[least < 2 * level * (1 + RAMP_MARGIN)] += self.ramp_error
+        return errors
 
 
 def problem(plant: Plant, policy: Policy) -> Problem:
     """policy: as a function of the state x."""
-    return Problem(plant, policy.in_coordinates(plant.M), rounding_error(policy, plant.observed))
+    return Problem(plant, policy.in_coordinates(plant.M), *rounding_error(policy, plant.observed))
 
 
 def corners(n: int) -> NDArray[np.float64]:

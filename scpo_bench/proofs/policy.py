@@ -19,6 +19,7 @@ from scpo_bench.errors import UserError
 
 Activation = Literal["tanh", "relu"]
 EPS32 = 2.0**-24  # unit roundoff of float32
+RAMP_MARGIN = 1e-3  # relative: more than float32 can misjudge x'Px by
 TANH_ULPS = 4.0  # of torch's float32 tanh, at most; its documented kernels stay below 2
 
 
@@ -67,8 +68,10 @@ class Policy:
         return x @ self.gain + self.offset + residual
 
 
-def rounding_error(policy: Policy, bound: Floats) -> float:
-    """A bound on |u in float32 - u| over |x| <= bound [n]; the observation is rounded, too.
+def rounding_error(policy: Policy, bound: Floats) -> tuple[float, float]:
+    """Bounds on |u in float32 - u| over |x| <= bound [n]; the observation is rounded, too.
+
+    The second is what to add on the ramp of a gate (x'Px < 2 level, and within RAMP_MARGIN of it).
 
     Running error analysis: a sum of k products in any order is off by at most k eps / (1 - k eps)
     times the sum of their absolute values (Higham, Accuracy and Stability of Numerical Algorithms,
@@ -89,14 +92,14 @@ def rounding_error(policy: Policy, bound: Floats) -> float:
             size, error = np.ones(len(b)), error + 2 * TANH_ULPS * EPS32
     total, error_n = affine(policy.head, policy.head_bias, size, error)
     backup, error_b = affine(policy.gain, policy.offset, bound, seen)
-    e = float(error_n + error_b)
+    whole, ramp = float(error_n + error_b) + 2 * EPS32 * float(total + backup), 0.0
     if policy.gate is not None:
         P, level = policy.gate
-        # Off the ramp s is constant; on it x'Px <= 2 level, and |x|'|P||x| is a bound on its terms.
+        # Off the ramp s is 0 or 1, exactly. On it x'Px <= 2 level, which bounds |x|'|P||x|.
         inner = np.sqrt(2 * level * np.diag(np.linalg.inv(P)))
         terms = float(inner @ np.abs(P) @ inner) / level
-        e += float(total) * (1.5 * 8 * (len(bound) + 2) * EPS32 * terms + 16 * EPS32)
-    return e + 2 * EPS32 * float(total + backup)
+        ramp = float(total) * (1.5 * 8 * (len(bound) + 2) * EPS32 * terms + 16 * EPS32)
+    return whole, ramp
 
 
 # ---- from torch modules

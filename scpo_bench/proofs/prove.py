@@ -68,14 +68,14 @@ def _search(problem: Problem, predict: Predict, budget: int, examined: int) -> V
     """Branch and bound over the start set, along trajectories."""
     start = problem.plant.start
     waiting = cover(2, start, PER_SIDE)
-    while len(waiting.half):
+    while len(waiting):
         if examined > budget:
             return Verdict("undecided", examined)
         # From the end: depth first, so that few cells wait.
         cells, waiting = waiting[-CHUNK:], waiting[:-CHUNK]
-        examined += len(cells.half)
+        examined += len(cells)
         failed = cells[~cells_safe(problem, cells)]
-        if not len(failed.half):
+        if not len(failed):
             continue
         length = np.linalg.norm(failed.centre, axis=1, keepdims=True)
         centres = failed.centre * np.minimum(1.0, start / np.maximum(length, 1e-300))
@@ -93,7 +93,7 @@ def _search(problem: Problem, predict: Predict, budget: int, examined: int) -> V
 
 
 def simulate(problem: Problem, predict: Predict, states: Floats) -> Counterexample | None:
-    """The worst of the start states [n, obs_dim], if it violates a constraint in the environment."""
+    """The worst of the start states [n, obs_dim], if it violates in the environment."""
     task = problem.plant.task
     env = BatchedTaskVectorEnv(task, len(states))
     observations, _ = env.reset(seed=0, options={"states": states})

@@ -1,11 +1,12 @@
 """Does a policy respect the constraints from every start state? Enclosures of trajectories.
 
-From a cell of start states c + d, |d_i| <= h, the state after t steps lies in c_t + G_t e, |e_j| <= 1:
-the first two columns of G_t belong to the start, and each step adds one, for what its linear
-enclosures miss of the action (the policy over the reached box; the action's clip by its chord over
-the action's range; float32). So what moves together stays together, and errors are contracted by a
-contracting policy. A cell is proved where the constraints hold for all of this set at every step;
-where they do not, it is split. Source: affine arithmetic (de Figueiredo and Stolfi 2004).
+From a cell of start states c + d, |d_i| <= h, the state after t steps lies in c_t + G_t e with
+|e_j| <= 1. The first two columns of G_t belong to the start, and each step adds one, for what its
+linear enclosures miss of the action (the policy over the reached box; the action's clip by its
+chord over the action's range; float32). So what moves together stays together, and a contracting
+policy contracts the errors. A cell is proved where the constraints hold for all of this set at
+every step; where they do not, it is split. Source: affine arithmetic (de Figueiredo and Stolfi
+2004).
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ def cells_safe(problem: Problem, cells: Cells) -> NDArray[np.bool_]:
     spread = np.eye(2) * cells.half[:, None, None]  # G_t [N, 2, 2 + t]
     alive = np.arange(len(centre))
     for _ in range(plant.horizon):
-        u = enclose(problem.policy, centre, np.abs(spread).sum(axis=2))
-        slack = u.slack + problem.error
+        reach = np.abs(spread).sum(axis=2)
+        u = enclose(problem.policy, centre, reach)
+        slack = u.slack + problem.errors(centre, reach)
         along = np.einsum("ni,nij->nj", u.gradient, spread)
         size = np.abs(along).sum(axis=1) + slack
         slope, offset, bend = clip_enclosure(u.value - size, u.value + size, plant.u_max)
@@ -53,7 +55,7 @@ def cells_safe(problem: Problem, cells: Cells) -> NDArray[np.bool_]:
         centre, spread, alive = centre[kept], spread[kept], alive[kept]
     ends = centre[:, None] + np.einsum("nij,cj->nci", spread[:, :, :2], corners(2))
     rest = np.linalg.norm(np.abs(spread[:, :, 2:]).sum(axis=2), axis=1)
-    safe = np.zeros(len(cells.half), bool)
+    safe = np.zeros(len(cells), bool)
     safe[alive[np.linalg.norm(ends, axis=2).max(axis=1, initial=0) + rest <= 1 - ROUNDING]] = True
     return safe
 

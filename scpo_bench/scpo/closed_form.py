@@ -1,15 +1,15 @@
 """Mode ``proven``: constraints in closed form, and no step that is not proved.
 
 Where the policy is affine in its last layer, u(x; w) = backup(x) + s(x) phi(x)'C w, and the actions
-that keep a set S invariant are an interval [lo(x), hi(x)] for each x in S, safety for ever is linear
-in w for each x. An update is then a projection onto a polyhedron,
+that keep a set S invariant are an interval [lo(x), hi(x)] for each x in S, safety for ever is
+linear in w for each x. An update is then a projection onto a polyhedron,
 
     minimise |w' - (w + proposal)|^2  subject to  lo(x) + pad <= u(x; w') <= hi(x) - pad,
 
-a QP with cutting planes over a grid of x. Between its points the pad has to suffice: whether it does
-is proved for every x (:mod:`scpo_bench.proofs.invariance`), for the float32 network that is
-deployed. No rollout is needed. The regression tasks are the same, with [lo, hi] the bounds on the
-prediction.
+a QP with cutting planes over a grid of x. The pad is for what is between the grid's points. Whether
+it suffices is proved for every x in S (:mod:`scpo_bench.proofs.invariance`), and for the float32
+network that is deployed. No rollout is needed. In the regression tasks, S is the interval of inputs
+and [lo, hi] the bounds on the prediction.
 Source: this project's; one-step invariance as in Blanchini, Set invariance in control, Automatica
 1999.
 """
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import osqp
+from numpy.typing import NDArray
 from scipy import sparse
 
 from scpo_bench.contract import BatchedTask, Floats
@@ -32,7 +33,7 @@ from scpo_bench.proofs.policy import Policy, from_modules
 from scpo_bench.scpo.guard import Decision, UnsafeStartError
 from scpo_bench.scpo.spaces import LastLayer
 
-PAD = 1e-3  # first pad, in units of the action
+PAD = 1e-3  # first pad, in units of the action, beside the error of float32
 TRIES = 8  # pads per update, each twice the one before, until the step is proved
 BAND = 0.02  # actions are bounded as well where a bound is beyond the actuator's limit by less
 TOLERANCE = 1e-4  # by which a solution may exceed a row of the grid: it is part of the pad
@@ -89,14 +90,17 @@ class ClosedForm:
 
     def __init__(self, task: BatchedTask | None, space: Any, policy: Any) -> None:
         if not isinstance(space, LastLayer):
-            raise UserError("SCPO: mode 'proven' needs space 'last_layer', in which actions are affine")
+            raise UserError(
+                "SCPO: mode 'proven' needs space 'last_layer', in which actions are affine"
+            )
         self.plant: Plant = plant_of(task)
         extractor, head = policy.mlp_extractor, policy.action_net.linear
         self._policy: Policy = from_modules(extractor.extractor.policy_net, head, extractor.backup)
         self._in_y = self._policy.in_coordinates(self.plant.M)
         self._whitening = space.whitening()
-        self._tables: tuple[Floats, Floats, Floats] | None = None
-        self._points = np.zeros((0, self._policy.gain.size))
+        d = self._whitening.shape[1]
+        # What is asked of w at each point: low <= row . w <= high.
+        self._tables = np.zeros((0, d)), np.zeros(0), np.zeros(0)
         self.add(_grid(self._policy.gain.size))
 
     def add(self, y: Floats) -> None:
@@ -110,15 +114,8 @@ class ClosedForm:
         bounded = np.isfinite(low) | np.isfinite(high)
         rows = self._in_y.features(y) @ self._whitening
         new = rows[bounded], low[bounded], high[bounded]
-        if self._tables is None:
-            self._tables = new
-        else:
-            old = self._tables
-            self._tables = (
-                np.concatenate([old[0], new[0]]),
-                np.concatenate([old[1], new[1]]),
-                np.concatenate([old[2], new[2]]),
-            )
+        rows, low, high = map(np.concatenate, zip(self._tables, new))
+        self._tables = rows, low, high
 
     def add_worst(self, proof: Invariance) -> None:
         """Ask for safe actions where a proof was missed by most."""
@@ -136,17 +133,15 @@ class ClosedForm:
         return check(self.problem(w), budget=40_000, smallest=2e-4)
 
     def project(
-        self, target: Floats, pad: float, active: Floats
-    ) -> tuple[Floats | None, Floats, int]:
-        """(the point nearest to ``target`` on the grid's polyhedron, its active rows, rounds).
+        self, target: Floats, pad: float, active: NDArray[np.intp]
+    ) -> tuple[Floats | None, NDArray[np.intp]]:
+        """(the point nearest to ``target`` on the grid's polyhedron, its active rows).
 
         active: indices of rows to begin with.
         """
-        assert self._tables is not None
         rows, low, high = self._tables
         low, high = low + pad, high - pad
-        chosen = np.asarray(active, dtype=int)
-        w: Floats | None = target
+        chosen, w = active, target
         for round_ in range(ROUNDS):
             at = rows @ w
             excess = np.maximum(low - at, at - high)
@@ -156,12 +151,13 @@ class ClosedForm:
             if not len(new) and (round_ > 0 or not len(chosen)):
                 break
             chosen = np.concatenate([chosen, new])
-            w = nearest(target, rows[chosen], low[chosen], high[chosen])
-            if w is None:
-                return None, chosen, round_
+            solution = nearest(target, rows[chosen], low[chosen], high[chosen])
+            if solution is None:
+                return None, chosen
+            w = solution
         at = rows[chosen] @ w
         tight = np.maximum(low[chosen] - at, at - high[chosen]) > -10 * TOLERANCE
-        return w, chosen[tight], round_
+        return w, chosen[tight]
 
 
 class ProvenGuard:
@@ -172,7 +168,7 @@ class ProvenGuard:
 
     def __init__(self) -> None:
         self.held = 0
-        self._active = np.zeros(0, dtype=int)
+        self._active = np.zeros(0, dtype=np.intp)
         self._started = False
 
     def start(self, w: Floats, constraints: ClosedForm) -> None:
@@ -181,7 +177,9 @@ class ProvenGuard:
         Raises :class:`UnsafeStartError` if it is not proved.
         """
         if not self._started and not constraints.prove(w).proved:
-            raise UnsafeStartError("SCPO: the start policy is not proved safe; start from a safe one")
+            raise UnsafeStartError(
+                "SCPO: the start policy is not proved safe; start from a safe one"
+            )
         self._started = True
 
     def update(
@@ -195,11 +193,11 @@ class ProvenGuard:
         """One update of the deployed policy w [d], which is proved. No rollouts, no chance."""
         self.start(w, constraints)
         proposal = propose()
-        target, pad = w + proposal, PAD
+        target, pad = w + proposal, PAD + constraints.problem(w).error
         cells = cuts = 0
         deployed = None
         for _ in range(TRIES):
-            candidate, self._active, _ = constraints.project(target, pad, self._active)
+            candidate, self._active = constraints.project(target, pad, self._active)
             cuts = len(self._active)
             if candidate is not None:
                 proof = constraints.prove(candidate)

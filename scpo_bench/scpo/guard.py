@@ -38,8 +38,8 @@ class GuardConfig:
 
     mode: Mode = "verified"
     """certified (the paper): deploy on the strength of the certificate. verified: evaluate first,
-    and deploy only what is then safe. proven: deploy only what is proved safe from every state, where
-    the plant is known (:mod:`scpo_bench.scpo.closed_form`).
+    and deploy only what is then safe. proven: deploy only what is proved safe from every state,
+    where the plant is known (:mod:`scpo_bench.scpo.closed_form`).
     """
     smoothness: smoothness.Rule = "adaptive"
     """apriori: L as declared. sampled: second differences times ``safety_factor``, with decay.
