@@ -19,7 +19,7 @@ from scpo_bench.proofs.trajectories import cells_safe, worst_values
 CHUNK = 1024
 PER_SIDE = 32
 INVARIANCE_BUDGET = 100_000
-BUDGET = 3_000_000
+BUDGET = 500_000  # a policy of SCPO takes some 20 000
 FIRST_LOOK = 4096  # start states that are simulated before anything is proved
 
 # Observations [n, obs_dim] in float32 -> the actions [n, 1] of the deployed network.
