@@ -9,7 +9,7 @@ import enum
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer import Argument, Option
@@ -283,8 +283,9 @@ def check(
     from rich.console import Console
 
     from scpo_bench.checks.conformance import check as findings
+    from scpo_bench.configuration import json_object
 
-    fields = _json_object("--config", config)
+    fields = json_object("--config", config)
     folder = Path(tempfile.mkdtemp(prefix="scpo-bench-check-"))
     status = Console(stderr=True).status("starting")
 
@@ -311,17 +312,6 @@ def check(
         raise typer.Exit(1)
 
 
-def _json_object(option: str, text: str) -> dict[str, Any]:
-    import contextlib
-    import json
-
-    with contextlib.suppress(ValueError, RecursionError):
-        if isinstance(value := json.loads(text), dict):
-            return value
-    expected = "expected a JSON object such as '{\"n_steps\": 100}'"
-    raise UserError(f"{option}: {expected}, got '{text[:40]}'")
-
-
 @app.command()
 def falsify(
     task: Annotated[
@@ -344,12 +334,8 @@ def falsify(
     from scpo_bench.records.files import file_name
 
     if replay is not None:
-        found = counterexample.load(replay)
-        bound, realised = search.replay(found)
-        typer.echo(f"bound     then {_numbers(found.bound)}   now {_numbers(bound)}")
-        typer.echo(f"realised  then {_numbers(found.realised)}   now {_numbers(realised)}")
-        breached = bool((realised > bound).any())
-        typer.echo("it breaches" if breached else "it does not breach")
+        lines, breached = search.replay_lines(counterexample.load(replay))
+        typer.echo("\n".join(lines))
         raise typer.Exit(0 if breached else 1)
     with Progress(transient=True, disable=not sys.stderr.isatty()) as bar:
         line = bar.add_task("")
@@ -370,8 +356,26 @@ def falsify(
         raise typer.Exit(1)
 
 
-def _numbers(values: Iterable[float]) -> str:
-    return " ".join(f"{value:.6g}" for value in values)
+@app.command()
+def prove(
+    run: Annotated[Path, Argument(help="A run's folder: results/SUITE/TASK/AGENT/seed-N.")],
+) -> None:
+    """Prove every policy of a run safe from every start state, or find one that is not.
+
+    The run is repeated; the result is written to proof.json in its folder. Tasks: the double
+    integrator's and the regressions. Exit status 1: not all are proved.
+    """
+    from rich.progress import Progress
+
+    from scpo_bench.records.proof import proof_lines, write_proof
+    from scpo_bench.runs.prove import prove_run
+
+    with Progress(transient=True, disable=not sys.stderr.isatty()) as bar:
+        proof = prove_run(run, bar)
+    write_proof(run, proof)
+    typer.echo(f"{run}: " + "\n".join(proof_lines(proof)))
+    if proof.proved < proof.distinct:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -393,7 +397,7 @@ def main() -> None:
         app()
     except UserError as error:
         typer.echo(f"scpo-bench: {error}", err=True)
-        sys.exit(2)
+        sys.exit(error.exit_status)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import operator
 from dataclasses import fields
 from typing import Any, TypeVar
@@ -21,6 +23,15 @@ def resolve_config(config_class: type[C], values: dict[str, Any]) -> C:
         if key not in known:
             raise UserError(f"{config_class.__name__}.{key}: unknown field{nearest(key, known)}")
     return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def json_object(option: str, text: str) -> dict[str, Any]:
+    """The JSON object that the command line's ``option`` was given as ``text``."""
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(value := json.loads(text), dict):
+            return value
+    expected = "expected a JSON object such as '{\"n_steps\": 100}'"
+    raise UserError(f"{option}: {expected}, got '{text[:40]}'")
 
 
 def require(

@@ -27,8 +27,10 @@ class UserError(ValueError):
     """A mistake in what the user wrote or asked for.
 
     The message names the field, what was expected, what was given and the nearest valid choice.
-    The command line prints it as one line and exits with status 2.
+    The command line prints it as one line and exits with ``exit_status``.
     """
+
+    exit_status = 2
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(" ".join(message.split())))

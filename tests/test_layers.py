@@ -17,6 +17,7 @@ LEVELS = (
     ("suites",),
     ("records",),
     ("scpo", "baselines"),
+    ("proofs",),
     ("envs",),
     ("policies", "advantages", "configuration", "processes"),
     ("contract",),

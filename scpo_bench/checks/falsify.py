@@ -8,7 +8,7 @@ breaches with an understated one show that the search can find them.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -274,6 +274,21 @@ def falsify(
                     shortest = smallest(found, subject.evaluate)
                 progress(f"seed {seed}: certifying again", done, total)
     return Report(task, dict(rates), rules, shortest)
+
+
+def replay_lines(found: Counterexample) -> tuple[list[str], bool]:
+    """A counterexample then and now, in words, and whether it still breaches."""
+    bound, realised = replay(found)
+
+    def numbers(values: Iterable[float]) -> str:
+        return " ".join(f"{value:.6g}" for value in values)
+
+    breached = bool((realised > bound).any())
+    return [
+        f"bound     then {numbers(found.bound)}   now {numbers(bound)}",
+        f"realised  then {numbers(found.realised)}   now {numbers(realised)}",
+        "it breaches" if breached else "it does not breach",
+    ], breached
 
 
 def replay(found: Counterexample) -> tuple[Floats, Floats]:

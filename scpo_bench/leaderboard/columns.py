@@ -160,6 +160,18 @@ def _policies(row: Row) -> str:
     return f"{row['violating_policies']}/{row['distinct_policies']}"
 
 
+def _has_proof(row: Row) -> bool:
+    return not math.isnan(row["examined_policies"])
+
+
+def _proved(row: Row) -> str:
+    if not _has_proof(row):
+        return UNKNOWN
+    text = f"{number(row['proved_policies'])}/{number(row['examined_policies'])}"
+    few = row["seeds_with_proof"] < row["seeds_planned"]
+    return f"{text} ({row['seeds_with_proof']} of {row['seeds_planned']} seeds)" if few else text
+
+
 def _of_planned(name: str) -> Callable[[Row], str]:
     return lambda row: f"{row[name]}/{row['seeds_planned']}"
 
@@ -197,6 +209,7 @@ _mean = _over_seeds("{}, mean over seeds", lambda values: float(values.mean()))
 _largest = _over_seeds("largest of all seeds: {}", lambda values: float(values.max()))
 _earliest = _over_seeds("earliest of all seeds: {}", lambda values: float(values.min()))
 _half_by = _over_seeds("{}", lambda values: censored_quantile(values, 0.5))
+_known = _over_seeds("{}, all seeds together", lambda values: float(values.sum(min_count=1)))
 _total = _over_seeds("{}, all seeds together", lambda values: int(values.sum()))
 
 
@@ -331,6 +344,16 @@ COLUMNS: tuple[Column, ...] = (
     _share("held_share", "held_updates", "evaluated_iterates").headed("held\nupdates"),
     _largest(
         "held_early_share", "share", "share held until the objective is within 1 % of its end"
+    ),
+    _known("proved_policies", "policies", "of these, proved safe from every start").headed(
+        "proved safe\n(all starts)", _proved, _has_proof
+    ),
+    _known("examined_policies", "policies", "distinct policies of runs that `prove` examined"),
+    Column(
+        "seeds_with_proof",
+        "seeds",
+        "seeds whose policies `prove` examined",
+        lambda group: int(group.runs["examined_policies"].notna().sum()) or math.nan,
     ),
     Column(
         "seeds_that_violated", "seeds", "seeds with a violating iterate", _seeds_that_violated

@@ -21,6 +21,7 @@ from scpo_bench.leaderboard.ranking import rank
 from scpo_bench.leaderboard.references import gap_closed, load_references
 from scpo_bench.records.consistency import check_bounds, check_record
 from scpo_bench.records.files import RecordError, read_run, read_updates, run_folders
+from scpo_bench.records.proof import read_proof
 from scpo_bench.records.schema import Cell, Run, Update
 
 
@@ -96,6 +97,8 @@ def reference_of(cell: Cell, references: dict[str, dict[str, Any]]) -> dict[str,
 
 
 _CELL = ("task", "agent", "seed", "steps", "cost_limit")
+# Of proof.json, where a run has one that belongs to its record.
+_PROOF = ("proved_policies", "examined_policies")
 _IDENTITY = ("suite", *_CELL, "setup", "key", "status", "error", "reference", "provenance")
 
 
@@ -105,6 +108,7 @@ def load(
     planned: Sequence[Cell] | None = None,
     references: dict[str, dict[str, Any]] | None = None,
     on_record: Callable[[Record], None] | None = None,
+    proofs: bool = True,
 ) -> pd.DataFrame:
     """One row per run: identity, status, and :class:`~scpo_bench.leaderboard.metrics.RunMetrics`.
 
@@ -112,7 +116,8 @@ def load(
     themselves get status "damaged". In rows that are not "finished" the outcome (final objective
     and return) is the floor, and what is measured during training is what there is.
     ``attrs["problems"]`` lists what was left out and why. ``on_record`` is called with each record
-    as it is read. Nothing is executed and nothing outside of the folder is read.
+    as it is read. proofs: read what ``scpo-bench prove`` left beside the records, too. Nothing is
+    executed and nothing outside of the folder is read.
     """
     references = load_references() if references is None else references
     problems: list[str] = []
@@ -139,6 +144,7 @@ def load(
             error=record.problem or run.error,
             reference=reference,
             provenance=run.provenance,
+            **(_proved(record, problems) if proofs else {}),
             **(asdict(measured) if measured else {}),
         )
     for key, cell in missing.items():
@@ -151,8 +157,9 @@ def load(
             reference=reference_of(cell, references),
             provenance={},
         )
-    runs = pd.DataFrame(rows, columns=[*_IDENTITY, *METRICS])
-    runs[list(METRICS)] = runs[list(METRICS)].astype(float)
+    runs = pd.DataFrame(rows, columns=[*_IDENTITY, *_PROOF, *METRICS])
+    measured_columns = [*_PROOF, *METRICS]
+    runs[measured_columns] = runs[measured_columns].astype(float)
     runs["score_kind"], runs["score"] = pd.Series(dtype=str), pd.Series(dtype=float)
     for _, index in runs.groupby(["suite", "task"], sort=False).groups.items():
         task = runs.loc[index].copy()
@@ -161,6 +168,20 @@ def load(
         runs.loc[index] = task
     runs.attrs["problems"] = problems
     return runs
+
+
+def _proved(record: Record, problems: list[str]) -> dict[str, int]:
+    """The run's entries of ``_PROOF``. A proof that does not belong to it is named and ignored."""
+    if record.problem or record.run.status != "finished":
+        return {}
+    try:
+        proof = read_proof(record.folder, record.run)
+    except RecordError as error:
+        problems.append(f"ignored: {error}")
+        return {}
+    if proof is None:
+        return {}
+    return {"proved_policies": proof.proved, "examined_policies": proof.distinct}
 
 
 def _put_at_the_floor(task: pd.DataFrame) -> None:

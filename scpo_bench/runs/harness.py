@@ -13,6 +13,7 @@ import torch
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from threadpoolctl import threadpool_limits
 
+from scpo_bench.contract import Agent
 from scpo_bench.errors import UserError
 from scpo_bench.records.files import RecordError, UpdateLog, read_run, read_updates, write_run
 from scpo_bench.records.schema import Cell, Run, Update, digest
@@ -52,6 +53,7 @@ class Attempt:
         self.cell, self.folder = cell, folder
         self.record = Run(suite=suite, key=cell.key(), cell=cell, status="running", started=_now())
         self.users_mistake = False
+        self.agent: Agent | None = None  # once it is made
         self._checkpointer: Checkpointer | None = None
         self._log: UpdateLog | None = None
         self._recorder: UpdateRecorder | None = None
@@ -91,6 +93,7 @@ class Attempt:
             evaluator = Evaluator(cell.task, cell.env, cell.evaluation_episodes, native)
             opened.callback(evaluator.close)
             agent = saved.agent if saved else make_agent(cell, _normalised(cell, env))
+            self.agent = agent
             self._set(resolved_config=resolved_config(agent))
             write_run(folder, self.record)
 

@@ -22,7 +22,8 @@ from scpo_bench.contract import Floats, probe_meter_of, task_of
 from scpo_bench.errors import UserError
 from scpo_bench.scpo.bank import Candidate
 from scpo_bench.scpo.certified_step import Objective
-from scpo_bench.scpo.constraints import Constraints, RolloutConfig
+from scpo_bench.scpo.closed_form import ClosedForm, ProvenGuard
+from scpo_bench.scpo.constraints import RolloutConfig
 from scpo_bench.scpo.evaluation import constraints_from
 from scpo_bench.scpo.gradient_descent import GradientDescent, GradientDescentConfig
 from scpo_bench.scpo.guard import Guard
@@ -95,6 +96,13 @@ class CertifiedConfig(PointwiseConfig):
     margin: float = 0.05
 
 
+@dataclass(frozen=True)
+class ProvenConfig(SCPOConfig):
+    """The defaults of agent ``scpo-proven``."""
+
+    mode: Mode = "proven"
+
+
 class SCPO(GradientDescent):
     """The updates of :class:`GradientDescent`, projected.
 
@@ -108,21 +116,25 @@ class SCPO(GradientDescent):
     config: SCPOConfig
 
     def __init__(self, policy: Any, env: Any, **kwargs: Any) -> None:
-        self._constraints: Constraints | None = None
+        self._constraints: Any = None  # Constraints, or a ClosedForm in mode `proven`
         # Of pointwise constraints, for when the agent is loaded.
         self._pointwise_state: tuple[Floats, ...] | None = None
         super().__init__(policy, env, **kwargs)
-        self.guard = Guard(self.config)
+        proven = self.config.mode == "proven"
+        self.guard: Guard | ProvenGuard = ProvenGuard() if proven else Guard(self.config)
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_constraints"]
 
     @property
-    def constraints(self) -> Constraints:
+    def constraints(self) -> Any:
         if self._constraints is None:
             config, task = self.config, task_of(self.env)
             assert self.env is not None
             refuse_wrappers(self.env)
+            if config.mode == "proven":
+                self._constraints = ClosedForm(task, self.space, self.policy)
+                return self._constraints
             if task is None:
                 raise UserError(
                     "SCPO: constraints are evaluated in batches, and this environment offers no "
@@ -181,3 +193,9 @@ class CertifiedSCPO(SCPO):
     """Agent ``scpo-certified``: :class:`SCPO` with the defaults of :class:`CertifiedConfig`."""
 
     Config: ClassVar[type[GradientDescentConfig]] = CertifiedConfig
+
+
+class ProvenSCPO(SCPO):
+    """Agent ``scpo-proven``: :class:`SCPO` in closed form, where every policy is proved."""
+
+    Config: ClassVar[type[GradientDescentConfig]] = ProvenConfig

@@ -9,7 +9,7 @@ from scpo_bench.configuration import require, require_choice
 from scpo_bench.scpo.bank import Candidate
 from scpo_bench.scpo.smoothness import Rule
 
-Mode = Literal["certified", "verified"]
+Mode = Literal["certified", "verified", "proven"]
 Differences = Literal["central", "forward"]
 
 
@@ -19,7 +19,9 @@ class GuardConfig:
 
     mode: Mode = "verified"
     """certified: deploy on the strength of the certificate. verified: evaluate the step first and,
-    if it is unsafe, tighten the certificate and project again (the paper's re-check).
+    if it is unsafe, tighten the certificate and project again (the paper's re-check). proven:
+    deploy only what is proved safe from every state, where the plant is known
+    (:mod:`scpo_bench.scpo.closed_form`); most other fields then have no meaning.
     """
     smoothness: Rule = "adaptive"
     """apriori: L as declared. sampled: second differences times ``safety_factor``. adaptive:

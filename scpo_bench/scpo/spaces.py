@@ -123,6 +123,10 @@ class LastLayer:
         """[M, h + 1, action_dim] from w [M, d]."""
         return self._whitening @ w.reshape(len(w), -1, self._head.out_features)
 
+    def whitening(self) -> Floats:
+        """C [h + 1, r]: the last layer's weights and bias are C w (of one action)."""
+        return self._whitening.numpy()
+
     def policies(self, w: Tensor) -> Policies:
         weights = self._weights(w)
 

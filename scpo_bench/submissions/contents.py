@@ -30,6 +30,7 @@ from scpo_bench.records.files import (
     UPDATES_FILE,
     RecordError,
 )
+from scpo_bench.records.proof import PROOF_FILE
 from scpo_bench.records.schema import Cell
 
 MANIFEST_FILE = "manifest.json"
@@ -38,7 +39,8 @@ PACKED = (".tar.gz", ".tgz")
 # Beside one's own records, never read and never packed: what this package generates from them, what
 # an unfinished run leaves, and the lock and temporary files of running processes.
 _GENERATED = (".md", ".html", ".csv", ".tex", ".png", ".svg", ".pdf", ".part")
-_LEFT_BY_RUNS = ("traceback.txt", CHECKPOINT_FILE)
+# proof.json is a claim about a record; a bundle's reader would have to prove it again.
+_LEFT_BY_RUNS = ("traceback.txt", CHECKPOINT_FILE, PROOF_FILE)
 _LOCKS_FOLDER = ".locks"
 
 # What tarfile, gzip and zlib raise for damaged and hostile archives.
