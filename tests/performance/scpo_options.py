@@ -66,7 +66,7 @@ def run(job: tuple[str, dict[str, Any], int, int]) -> dict[str, float]:
         if result.status != "finished":
             raise RuntimeError(result.error)
         record = read_updates(Path(folder))
-    metrics = measure(record, 0.0, load_references()["tasks"][TASK])
+    metrics = measure(record, 0.0, load_references()[TASK])
     counts = {name: record[-1].diagnostics.get(name) or 0.0 for name in ("exceeded", "breaches")}
     return {**vars(metrics), **counts}
 
