@@ -6,7 +6,7 @@ The plant and its controllers, backup and experts, are in ``double_integrator_co
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -95,6 +95,15 @@ class DoubleIntegrator(BatchedTask):
         position, velocity = abs(p) / P_MAX_M - 1.0, abs(v) / V_MAX_M_S - 1.0
         terminal = self.lyapunov(next_state) / backup().level - 1.0 if last else 0.0 * p - 1.0
         return position, velocity, terminal
+
+    def bounds(
+        self, state: Components, action: Components, next_state: Components, last: bool
+    ) -> Iterator[tuple[int, Array]]:
+        for name, component, limit in zip((0, 1), next_state, (P_MAX_M, V_MAX_M_S)):
+            yield name, component / limit - 1.0
+            yield name, -component / limit - 1.0
+        if last:
+            yield 2, self.lyapunov(next_state) / backup().level - 1.0
 
     @staticmethod
     def lyapunov(state: Components) -> Array:

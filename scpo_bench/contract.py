@@ -8,7 +8,7 @@ safety.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -184,6 +184,16 @@ class BatchedTask:
         ``last``: this step ends the episode at the horizon.
         """
         raise NotImplementedError
+
+    def bounds(
+        self, state: Components, action: Components, next_state: Components, last: bool
+    ) -> Iterator[tuple[int, Array]]:
+        """Signed bounds that amount to the constraints: (index of the constraint's name, value).
+
+        A task with two-sided constraints gives each side as a bound of its own, without the kink of
+        an absolute value, and leaves out what is not in force at this step.
+        """
+        yield from enumerate(self.constraint_values(state, action, next_state, last))
 
     def objective_loss(
         self, state: Components, action: Components, step: int

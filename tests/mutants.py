@@ -31,7 +31,14 @@ TIMEOUT_S = 900  # a mutant that never ends counts as killed, as it would in the
 
 # What is mutated, and the tests that ought to notice; the quick ones come first.
 PACKAGES: dict[str, tuple[str, ...]] = {
-    "scpo_bench/scpo": ("projection", "certificate", "scpo_rollouts", "scpo_agent", "scpo_wrap"),
+    "scpo_bench/scpo": (
+        "projection",
+        "certificate",
+        "scpo_pointwise",
+        "scpo_rollouts",
+        "scpo_agent",
+        "scpo_wrap",
+    ),
     "scpo_bench/records": ("records", "verify", "checkpoints"),
     "scpo_bench/leaderboard/metrics.py": ("leaderboard_metrics", "leaderboard_tables"),
     "baselines": (

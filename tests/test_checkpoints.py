@@ -39,6 +39,13 @@ SUPERVISED = {"n_steps": 10, "labels": "visited", "learning_rate": 0.3}
 CELLS = {
     "scpo": {**REGRESSION, "steps": 800, "config": SUPERVISED},
     "sgd": {**REGRESSION, "steps": 2000, "config": SUPERVISED},
+    # Checkpoints fall within episodes, of which the filter keeps count.
+    "filtered:sgd": {
+        **REGRESSION,
+        "task": "scpo_bench/DoubleIntegratorImitation-v1",
+        "steps": 2000,
+        "config": {"n_steps": 20, "learning_rate": 0.3},
+    },
     "ppo": {**REGRESSION, "steps": 1200, "config": {"n_steps": 10, "batch_size": 20}},
     "ppo-lagrangian": {
         **REGRESSION,

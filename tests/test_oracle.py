@@ -6,7 +6,9 @@ import importlib
 import json
 
 import gymnasium as gym
+import numpy as np
 import pytest
+import torch
 
 import scpo_bench  # noqa: F401 - registers the tasks
 from scpo_bench.checks import oracle
@@ -14,6 +16,8 @@ from scpo_bench.leaderboard.references import REFERENCES_FILE, load_references
 
 REFERENCES = load_references()
 REGRESSION = "scpo_bench/HarmfulRegression-v0"
+REGRESSION_V1 = "scpo_bench/HarmfulRegression-v1"
+IMITATION_V1 = "scpo_bench/DoubleIntegratorImitation-v1"
 
 
 def task_of(task_id):
@@ -30,13 +34,36 @@ def test_backup_constants_can_be_recomputed(task_id):
     assert reference["objective"] == task.objective_name
 
 
-@pytest.mark.parametrize(("task_id", "steps"), [(REGRESSION, 40), (oracle.TASKS[0], 4)])
+@pytest.mark.parametrize(
+    ("task_id", "steps"), [(REGRESSION, 40), (oracle.TASKS[0], 4), (IMITATION_V1, 4)]
+)
 def test_a_short_search_lies_between_backup_and_oracle(task_id, steps):
     """A few steps find a safe controller better than the backup, not better than the constant."""
     reference = REFERENCES[task_id]
     loss, worst = oracle.oracle_value(task_of(task_id), steps, 0)
     assert worst <= 0
     assert reference["oracle"] < loss < reference["backup"]
+
+
+def test_the_oracle_leaves_the_target_to_the_backup():
+    """It is the ceiling of policies that do so: near the target it is no better than they are."""
+    controller = oracle._Controller(task_of(IMITATION_V1))
+    torch.nn.init.normal_(controller.net[-1].weight)
+    near, far = torch.tensor([[[0.01, 0.01]], [[0.5, 0.0]]], dtype=torch.float64)
+    assert torch.equal(controller(near), controller.backup(near))
+    assert not torch.isclose(controller(far), controller.backup(far))
+
+
+def test_the_regression_ceiling_is_the_clipped_function(tmp_path):
+    """On the paper's regression the best safe prediction is known: f cut at the bounds."""
+    path = tmp_path / "references.json"
+    oracle.main(["--tasks", REGRESSION_V1, "--output", str(path)])
+    x = np.linspace(-3, 3, 1000)
+    f = np.sin(x) + np.sin(3 * x) + np.sin(7 * x)
+    found = load_references(path)[REGRESSION_V1]
+    assert found["oracle"] == pytest.approx(np.mean((f - f.clip(-1.4, 1.4)) ** 2), rel=1e-9)
+    assert found["oracle"] == pytest.approx(REFERENCES[REGRESSION_V1]["oracle"], rel=1e-9)
+    assert found["oracle_worst"] == 0.0
 
 
 def test_the_constants_are_safe_and_ordered():

@@ -141,11 +141,27 @@ def test_fixed_initial_states():
     assert {tuple(row) for row in drawn} == {tuple(row) for row in fixed.astype(np.float32)}
     held_out = np.stack(task.held_out_starts(7), axis=-1)
     np.testing.assert_array_equal(held_out, fixed[[0, 1, 2, 0, 1, 2, 0]])
-    # Over these the features are whitened: three states alone would leave three directions.
-    assert len(task.reference_states(1024)[0]) == 1024
     everywhere = ImitationV1Task()
     assert everywhere.held_out_starts(7) is None
     assert len(everywhere.design_starts(512)[0]) == 512
+
+
+def test_fixed_initial_states_do_not_limit_the_policy():
+    """Features are compared over the whole start set: three states would leave three directions."""
+    cell = Cell(
+        agent="sgd",
+        task=IMITATION,
+        seed=0,
+        steps=120,
+        num_envs=4,
+        start="backup",
+        cost_limit=0.0,
+        env={"starts": 3},
+        config={"features": 16},
+    )
+    model = make_agent(cell, make_training_env(cell))
+    model.learn(120)
+    assert model.space.dimension > 10
 
 
 # ---- the backup alone near the target

@@ -26,6 +26,8 @@ from scpo_bench.scpo.guard import UnsafeStartError
 IMITATION, REGRESSION = "scpo_bench/DoubleIntegratorImitation-v0", "scpo_bench/HarmfulRegression-v0"
 SMALL = {"features": 16, "evaluation_starts": 32}
 PER_UPDATE = 8 * 30
+# The complete basis of the last layer, at a small radius: long steps, well certified.
+COMPLETE = {"directions": 4096, "candidates": (), "probe_radius": 1e-3}
 
 
 def make(agent_class=SCPO, task=IMITATION, seed=0, backup=True, **config):
@@ -66,12 +68,14 @@ def test_starts_exactly_at_the_backup():
     )
 
 
+@pytest.mark.parametrize("bank", ["paper", "complete"])
 @pytest.mark.parametrize("smoothness", ["adaptive", "sampled", "apriori"])
-def test_every_deployed_policy_is_safe_and_the_loss_falls(smoothness):
-    """20 updates under every rule for L: no violation on held-out starts, and a lower loss than the
-    backup's.
+def test_every_deployed_policy_is_safe_and_the_loss_falls(smoothness, bank):
+    """20 updates under every rule for L, with the paper's bank and a complete one: no violation on
+    held-out starts, and a lower loss than the backup's.
     """
-    agent = make(smoothness=smoothness, L=100.0, learning_rate=0.3, **SMALL)
+    config = COMPLETE if bank == "complete" else {}
+    agent = make(smoothness=smoothness, L=100.0, learning_rate=0.3, **config, **SMALL)
     watch = WorstOfHeldOut(IMITATION)
     agent.learn(PER_UPDATE * 20, watch)
     assert max(watch.worst) <= 0
@@ -91,7 +95,7 @@ def test_unprojected_gradient_descent_violates():
 
 def test_understated_smoothness_breaches_are_recorded_and_verified_mode_stays_safe():
     """L a thousand times too small: certified mode records breaches, verified mode stays safe."""
-    settings = {"smoothness": "apriori", "L": 0.01, "learning_rate": 0.45, **SMALL}
+    settings = {"smoothness": "apriori", "L": 0.01, "learning_rate": 0.45, **COMPLETE, **SMALL}
     certified = make(mode="certified", **settings)
     unsafe = WorstOfHeldOut(IMITATION)
     certified.learn(PER_UPDATE * 20, unsafe)
@@ -109,7 +113,8 @@ def test_understated_smoothness_breaches_are_recorded_and_verified_mode_stays_sa
 @pytest.mark.parametrize("space", ["low_rank", "all"])
 def test_larger_spaces_stay_safe_with_few_directions(space):
     """With 8 of hundreds of directions probed the loss still falls, and every policy is safe."""
-    agent = make(space=space, directions=8, learning_rate=0.02, **SMALL)
+    bank = {"directions": 8, "candidates": ("normals", "momentum"), "probe_radius": 1e-3}
+    agent = make(space=space, learning_rate=0.02, **bank, **SMALL)
     watch = WorstOfHeldOut(IMITATION)
     agent.learn(PER_UPDATE * 10, watch)
     assert max(watch.worst) <= 0
@@ -217,7 +222,7 @@ def test_task_without_pure_dynamics_is_refused():
 
 def test_probe_steps_are_charged_to_the_meter_of_the_environment():
     """An update on a complete basis costs its probes and the evaluation of the step, no more."""
-    agent = make(mode="certified", smoothness="apriori", L=100.0, **SMALL)
+    agent = make(mode="certified", smoothness="apriori", L=100.0, **COMPLETE, **SMALL)
     agent.env.probe_meter = meter = ProbeMeter()
     agent.learn(PER_UPDATE)
     evaluations = 1 + agent.space.dimension + 1  # the start, the probes, the step
@@ -227,7 +232,7 @@ def test_probe_steps_are_charged_to_the_meter_of_the_environment():
 
 def test_adaptive_smoothness_costs_central_differences_once():
     """The first update samples L with probes on both sides; later ones probe one side."""
-    agent = make(smoothness="adaptive", mode="certified", **SMALL)
+    agent = make(smoothness="adaptive", mode="certified", **COMPLETE, **SMALL)
     agent.env.probe_meter = meter = ProbeMeter()
     agent.learn(PER_UPDATE)
     first = meter.steps

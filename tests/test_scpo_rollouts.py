@@ -1,4 +1,4 @@
-"""Parameter spaces, rollouts of policies in them, and constraints estimated from rollouts."""
+"""Parameter spaces, and rollouts of policies in them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ import numpy as np
 import pytest
 import torch
 from push import Push, pushing
-from scipy import stats
 from stable_baselines3 import PPO, SAC
 
 import scpo_bench  # noqa: F401 - registers the tasks
 from scpo_bench.contract import ProbeMeter
 from scpo_bench.errors import UserError
 from scpo_bench.policies import AffineBackup, BackupActorCriticPolicy
-from scpo_bench.scpo.constraints import Exact, Expected, RolloutConfig, constraints_from
 from scpo_bench.scpo.rollouts import BatchedRollouts, EpisodeRollouts
 from scpo_bench.scpo.spaces import PolicyWeights, make_space
 from scpo_bench.scpo.wrap import ProjectedConfig
@@ -204,84 +202,6 @@ def test_episode_rollouts_do_not_depend_on_the_workers():
     assert np.array_equal(*results)
 
 
-# ---- constraints from rollouts
-
-
-def noisy(value, std, level=0.05, rollouts=8, budget=64, seed=0, candidates=8):
-    """A constraint that is ``value`` + w_0 everywhere, measured with normal noise."""
-
-    def sample(w, streams):
-        noise = np.stack([np.random.default_rng([seed, s]).normal(size=1) for s in streams])
-        return (value + w[:, :1])[:, None] + std * noise
-
-    return Expected(("g",), sample, level, rollouts, budget, candidates)
-
-
-def test_exact_rollouts_need_no_confidence_bounds(task):
-    """Where there is no noise the constraint is a function, and it is not evaluated again."""
-    space, _ = space_of("last_layer", task)
-    config = RolloutConfig(rollouts=2, rollout_budget=4, level=0.1)
-    exact = constraints_from(BatchedRollouts(task, space, 32, 50.0, ProbeMeter()), config, 3)
-    assert isinstance(exact, Exact)
-    assert not exact.begin_update(1)
-    noise = BatchedRollouts(task, space, 32, 50.0, ProbeMeter(), noise_std=0.1)
-    expected = constraints_from(noise, config, 3)
-    assert isinstance(expected, Expected)
-    assert expected.begin_update(1)
-
-
-def test_evaluation_is_the_upper_confidence_bound():
-    """Eight rollouts, no doubling: mean + t s / sqrt(8), the level shared among 10 tests."""
-    constraint = noisy(-0.5, 0.1, rollouts=8, budget=8)
-    y = -0.5 + 0.1 * np.array([np.random.default_rng([0, s]).normal() for s in range(8)])
-    expected = y.mean() + stats.t.ppf(1 - 0.05 / 10, 7) * y.std(ddof=1) / np.sqrt(8)
-    assert constraint.evaluate(np.zeros(1)) == pytest.approx([expected])
-
-
-@pytest.mark.parametrize(("value", "rollouts"), [(-3.0, 8), (3.0, 8), (-0.03, 64)])
-def test_rollouts_adapt_to_the_decision(value, rollouts):
-    """Far from the limit the first rollouts are enough; near it the budget is used, and no more."""
-    constraint = noisy(value, 0.1)
-    used, sample = [], constraint._sample
-
-    def counted(w, streams):
-        used.extend(streams)
-        return sample(w, streams)
-
-    constraint._sample = counted
-    constraint.evaluate(np.zeros(1))
-    assert used == list(range(rollouts))
-
-
-def test_unsafe_is_accepted_no_oftener_than_the_level():
-    """g = +0.02, noise of 0.1: fewer than 5 % are accepted; a plain mean of 8 would in 29 %."""
-    accepted = naive = 0
-    for seed in range(2000):
-        constraint = noisy(0.02, 0.1, seed=seed, candidates=1)
-        accepted += bool(constraint.evaluate(np.zeros(1))[0] <= 0)
-        naive += bool(constraint._sample(np.zeros((1, 1)), range(8)).mean() <= 0)
-    assert accepted / 2000 <= 0.05
-    assert naive / 2000 > 0.2
-
-
-def test_paired_differences_cancel_common_noise():
-    """Noise of 1, a change of 1e-3: independent rollouts could not resolve it, paired ones do."""
-    constraint = noisy(-5.0, 1.0)
-    values, half = constraint.probe(np.zeros(1), np.array([-5.0]), np.array([[1e-3], [-1e-3]]))
-    assert values == pytest.approx(np.array([[-4.999], [-5.001]]))
-    assert half == pytest.approx(0.0, abs=1e-12)
-
-
-def test_every_update_draws_new_noise():
-    """The noise is fixed within an update and independent between updates."""
-    constraint = noisy(-0.5, 0.1)
-    values = []
-    for update in (0, 1):
-        assert constraint.begin_update(update)
-        values.append([constraint.evaluate(np.zeros(1))[0] for _ in range(2)])
-    assert values[0][0] == values[0][1] != values[1][0]
-
-
 def test_one_violated_constraint_makes_a_probe_a_violation():
     """A probe violates if any of its constraints does, not only if all do."""
 
@@ -306,10 +226,18 @@ def test_one_violated_constraint_makes_a_probe_a_violation():
         ("level", 0.5, 0.6),
         ("level", 1e-9, 0.0),
         ("rollouts", 2, 1),
-        ("rollout_budget", 4, 3),
+        ("probe_rollouts", 2, 1),
+        ("rollout_budget", 8, 7),
+        ("predicted_episodes", 0, -1),
+        ("reserve", 0.0, -1e-9),
+        ("largest_cost", 0.0, -1.0),
         ("cost_limit", 0.0, -1.0),
         ("L", 1e-9, 0.0),
-        ("probe_radius", 1e-9, 0.0),
+        ("largest_L", 1e-9, 0.0),
+        ("probe_radius", 0.0, -1e-9),
+        ("reuse", 0.0, -1e-9),
+        ("recheck", 1.0, 1.1),
+        ("active_starts", 0, -1),
         ("trust_radius", 1e-9, 0.0),
         ("smallest_probe", 1e-9, 0.0),
         ("safety_factor", 1.0, 0.9),

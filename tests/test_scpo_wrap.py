@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import re
 from pathlib import Path
 
@@ -193,6 +194,28 @@ def test_unsafe_start_is_refused_before_training():
     assert agent.num_timesteps == 0
 
 
+def test_recovery_makes_an_unsafe_start_safe():
+    """About half of the steps cost at first, 5 of 20 may: safe soon, and kept safe from then on."""
+    watch = Watch(lambda agent: (agent.guard.updates, agent.guard.g))
+    agent = ProjectedPPO(
+        "MlpPolicy",
+        pushing(threshold=0.0),
+        seed=1,
+        make_env=functools.partial(Push, 0.0),
+        cost_limit=5.0,
+        n_steps=40,
+        batch_size=40,
+        recovery=True,
+        **small_net(),
+    )
+    agent.learn(80 * 6, watch)
+    values = [float(g[0]) for _, g in watch.seen]
+    assert values[0] > 0
+    assert max(values[2:]) <= 0
+    assert len(agent.guard.verified) > 1
+    assert agent.guard.verified[0].g[0] <= 0  # what it returns to was found safe
+
+
 def test_user_errors_name_the_field():
     """Each mistake is refused with the field, the expectation and, where there is one, a remedy."""
     with pytest.raises(ValueError, match="margin: must be at least 0"):
@@ -358,6 +381,8 @@ def test_save_and_load_keep_the_guard(tmp_path, name):
     assert loaded.weights.read().any()
     assert np.array_equal(loaded.guard.g, agent.guard.g)
     assert np.array_equal(loaded.guard.memory.normals, agent.guard.memory.normals)
+    assert loaded._evidence.streams == agent._evidence.streams > 0
+    assert len(loaded.guard.verified) == len(agent.guard.verified) > 1
     assert loaded.guard_config == agent.guard_config
 
 
@@ -387,13 +412,13 @@ def test_cost_gradient_points_at_the_cost():
 
 
 def test_examples_of_the_documentation_run():
-    """The code blocks of docs/scpo.md run as printed, and stay short."""
-    text = (Path(__file__).parent.parent / "docs" / "scpo.md").read_text()
+    """The code blocks of docs/scpo_wrapping.md run as printed, and stay short."""
+    text = (Path(__file__).parent.parent / "docs" / "scpo_wrapping.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert len(blocks) == 2
     for block in blocks:
         assert len([line for line in block.splitlines() if line]) <= 12
-        exec(compile(block, "docs/scpo.md", "exec"), {})
+        exec(compile(block, "docs/scpo_wrapping.md", "exec"), {})
 
 
 # ---- torch optimisers
@@ -456,7 +481,9 @@ def test_projected_optimizer_keeps_every_bit_of_what_it_does_not_project():
     safe_at = (0.0, 1e-20, 1.0)
     optimizer = ProjectedOptimizer(
         Jump([parameter], lr=0.1),
-        lambda: [-1.0 if parameter.item() in safe_at else 1.0],
+        lambda: [
+            -1.0 if any(math.isclose(parameter.item(), s, rel_tol=1e-6) for s in safe_at) else 1.0
+        ],
         smoothness="apriori",
         L=1e-3,
         trust_radius=10.0,
@@ -470,6 +497,47 @@ def test_projected_optimizer_keeps_every_bit_of_what_it_does_not_project():
     assert torch.equal(parameter, expected)
 
 
+@pytest.mark.parametrize("mode", ["certified", "verified"])
+def test_rounding_of_float32_is_part_of_the_slope_error(mode):
+    """Linear constraints, L = 1e-6: valid, and yet breached by slopes off by eps / rho.
+
+    20 planes around the origin in float32, a target that moves through all of them: no violation in
+    200 steps. With slopes taken for exact, a third of the steps violate in certified mode.
+    """
+    torch.manual_seed(0)
+    planes = torch.nn.functional.normalize(torch.randn(20, 10), dim=1)
+    w, target = nn.Parameter(torch.zeros(10)), 3 * torch.randn(10)
+    optimizer = ProjectedOptimizer(
+        torch.optim.SGD([w], lr=0.1), lambda: planes @ w - 1.0, mode=mode,
+        smoothness="apriori", L=1e-6,
+    )  # fmt: skip
+    worst = []
+    for step in range(200):
+        optimizer.zero_grad()
+        loss = (w - target * np.sin(step / 20)).square().sum()
+        loss.backward()
+        optimizer.step()
+        worst.append((planes @ w - 1.0).max().item())
+    assert max(worst) <= 0
+    assert sum(value > -1e-3 for value in worst) > 50  # they are active
+    assert loss.item() < 5
+    assert optimizer.diagnostics["held"] < 30
+
+
+def test_rounding_is_measured_only_where_there_is_some():
+    """In float64 no evaluation is spent on it."""
+    evaluations = {}
+    for dtype in (torch.float32, torch.float64):
+        w, count = nn.Parameter(torch.ones(3, dtype=dtype)), []
+        optimizer = ProjectedOptimizer(
+            torch.optim.SGD([w], lr=0.1), lambda w=w, n=count: n.append(1) or w[:1] - 5.0
+        )
+        w.grad = torch.ones_like(w)
+        optimizer.step()
+        evaluations[dtype] = len(count)
+    assert evaluations[torch.float32] == evaluations[torch.float64] + 5
+
+
 def test_projected_optimizer_refuses_an_unsafe_start():
     """The first step names the constraint, leaves the parameters alone; bad fields are named."""
     parameter = nn.Parameter(torch.zeros(1))
@@ -480,5 +548,10 @@ def test_projected_optimizer_refuses_an_unsafe_start():
     with pytest.raises(UnsafeStartError, match="constraint 'ceiling' has value 1"):
         optimizer.step()
     assert parameter.item() == 0.0
+    nothing = ProjectedOptimizer(
+        torch.optim.SGD([parameter], lr=0.1), lambda: torch.tensor([torch.nan]), names=["ceiling"]
+    )
+    with pytest.raises(UserError, match="constraint 'ceiling' has value nan"):
+        nothing.step()
     with pytest.raises(ValueError, match="did you mean 'margin'"):
         ProjectedOptimizer(torch.optim.SGD([parameter], lr=0.1), lambda: torch.zeros(1), margn=1)

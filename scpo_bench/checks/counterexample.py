@@ -13,7 +13,7 @@ from scpo_bench.contract import Floats
 from scpo_bench.errors import UserError, first_problem
 from scpo_bench.records.files import write_atomically
 from scpo_bench.scpo.projection import Certificate, project
-from scpo_bench.scpo.smoothness import second_differences
+from scpo_bench.scpo.smoothness import curvatures
 
 MAX_COUNTEREXAMPLE_BYTES = 16 << 20
 # Realised values this far above their bound are not called a breach: g itself is computed in
@@ -56,13 +56,18 @@ def certify(
     if (g > 0).any():
         return []
     slopes = (plus - minus).T / (2 * radius)
-    Ls = constants(second_differences(g, plus, minus, radius))
-    results = [
-        project(Certificate(g, slopes, 0.5 * L * radius, L), basis.T @ proposal, trust_radius)
-        for L in Ls
+    m = basis.shape[1]
+    lengths = np.full(m, radius)
+    length = float(np.linalg.norm(proposal))
+    target = basis.T @ (proposal * min(1.0, trust_radius / max(length, 1e-300)))
+    Ls = constants(curvatures(g, plus, minus, lengths).max(axis=1))
+    certificates = [Certificate(g, slopes, L[:, None] * (0.5 * lengths), L, np.eye(m)) for L in Ls]
+    steps = [project(certificate, target).z for certificate in certificates]
+    realised = evaluate(w + np.stack(steps) @ basis.T)
+    return [
+        Step(z, L, certificate.bound(z), row)
+        for z, L, certificate, row in zip(steps, Ls, certificates, realised)
     ]
-    realised = evaluate(w + np.stack([result.z for result in results]) @ basis.T)
-    return [Step(result.z, L, result.bound, row) for result, L, row in zip(results, Ls, realised)]
 
 
 class _Strict(BaseModel):

@@ -23,9 +23,11 @@ from scpo_bench.records.schema import Cell
 from scpo_bench.runs.agents import make_agent
 from scpo_bench.runs.environments import make_training_env
 from scpo_bench.scpo.agent import SCPO
+from scpo_bench.scpo.bank import DirectionMemory, orthonormal_bank
+from scpo_bench.scpo.certified_step import Objective
 from scpo_bench.scpo.constraints import Constraints, Exact
-from scpo_bench.scpo.directions import DirectionMemory, probe_basis
-from scpo_bench.scpo.guard import Decision, Guard, GuardConfig
+from scpo_bench.scpo.guard import Decision, Guard
+from scpo_bench.scpo.guard_config import GuardConfig
 from scpo_bench.suites.cells import cells, get_suite
 from scpo_bench.suites.registry import tasks
 from scpo_bench.suites.schema import default_file, load_benchmarks
@@ -74,6 +76,7 @@ class _WatchingGuard(Guard):
         constraints: Constraints,
         rng: np.random.Generator,
         cost_gradients: Sequence[Floats] = (),
+        objective: Objective | None = None,
     ) -> Decision:
         memory = self.memory or DirectionMemory.empty(len(constraints.names), len(w))
 
@@ -82,7 +85,7 @@ class _WatchingGuard(Guard):
             self.visits.append(Visit(self.updates, w, proposal, memory))
             return proposal
 
-        return super().update(w, watched, constraints, rng, cost_gradients)
+        return super().update(w, watched, constraints, rng, cost_gradients, objective)
 
 
 # ---- subjects
@@ -189,7 +192,7 @@ def examine(subject: Subject) -> Iterator[tuple[Setting, Counterexample | None]]
         for directions in DIRECTIONS if subject.directions < len(w) else ("all",):
             remembered = memory.candidates(w, ("normals", "momentum", "start"), ())
             known = remembered if directions == "remembered" else []
-            basis = probe_basis(proposal, known, subject.directions, rng)
+            basis = orthonormal_bank(proposal, known, subject.directions, 1.0, rng).basis
             for radius in RADII:
                 steps = certify(
                     subject.evaluate, w, basis, proposal, radius, subject.trust_radius, constants

@@ -154,14 +154,20 @@ def _iterates(row: Row) -> str:
     return f"{counts} {share(row['violating_iterate_share'])}"
 
 
+def _policies(row: Row) -> str:
+    if not row["distinct_policies"]:
+        return UNKNOWN
+    return f"{row['violating_policies']}/{row['distinct_policies']}"
+
+
 def _has_proof(row: Row) -> bool:
-    return not math.isnan(row["distinct_policies"])
+    return not math.isnan(row["examined_policies"])
 
 
 def _proved(row: Row) -> str:
     if not _has_proof(row):
         return UNKNOWN
-    text = f"{number(row['proved_policies'])}/{number(row['distinct_policies'])}"
+    text = f"{number(row['proved_policies'])}/{number(row['examined_policies'])}"
     few = row["seeds_with_proof"] < row["seeds_planned"]
     return f"{text} ({row['seeds_with_proof']} of {row['seeds_planned']} seeds)" if few else text
 
@@ -330,15 +336,24 @@ COLUMNS: tuple[Column, ...] = (
     ),
     _total("evaluated_iterates", "iterates", "evaluated iterates"),
     _share("violating_iterate_share", "violating_iterates", "evaluated_iterates"),
+    _total("violating_policies", "policies", "evaluated iterates that violate and differ").headed(
+        "violating\npolicies", _policies
+    ),
+    _total("distinct_policies", "policies", "evaluated iterates that differ in their evaluation"),
+    _total("held_updates", "updates", "updates after which the evaluation is the same as before"),
+    _share("held_share", "held_updates", "evaluated_iterates").headed("held\nupdates"),
+    _largest(
+        "held_early_share", "share", "share held until the objective is within 1 % of its end"
+    ),
     _known("proved_policies", "policies", "of these, proved safe from every start").headed(
         "proved safe\n(all starts)", _proved, _has_proof
     ),
-    _known("distinct_policies", "policies", "distinct policies of runs that `prove` examined"),
+    _known("examined_policies", "policies", "distinct policies of runs that `prove` examined"),
     Column(
         "seeds_with_proof",
         "seeds",
         "seeds whose policies `prove` examined",
-        lambda group: int(group.runs["distinct_policies"].notna().sum()) or math.nan,
+        lambda group: int(group.runs["examined_policies"].notna().sum()) or math.nan,
     ),
     Column(
         "seeds_that_violated", "seeds", "seeds with a violating iterate", _seeds_that_violated

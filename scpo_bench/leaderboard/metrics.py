@@ -53,6 +53,16 @@ class RunMetrics:
     updates: int
     evaluated_iterates: int
     violating_iterates: int
+    distinct_policies: int
+    """Evaluated iterates that differ in their evaluation, the start policy left out."""
+    violating_policies: int
+    """Of these, those that violate."""
+    held_updates: int
+    """Evaluated updates after which the evaluation is the same, number for number, as before."""
+    held_early_share: float
+    """Held updates per evaluated update, up to the one from which on the objective stays within 1 %
+    of its final value; nan without an objective.
+    """
     updates_over_limit_share: float
     """Of the updates in which an episode finished."""
     training_episodes: int
@@ -128,6 +138,34 @@ def episode_cost_cvar(
     return cvar(means, level, counts), cvar(ends, level, weights)
 
 
+# Equal policies give equal numbers, and policies that differ practically never do: a deterministic
+# evaluation on the same starts is a fingerprint.
+_FINGERPRINT = [
+    *("iterate_return", "iterate_cost", "iterate_objective", "iterate_worst_constraint_value")
+]
+
+
+def _policies(table: pd.DataFrame) -> tuple[int, int, int, float]:
+    """(distinct policies, of these violating, held updates, share held early) of a run's updates.
+
+    table: one row per update, the start policy first.
+    """
+    evaluated = table[table["iterate_violates"].notna()]
+    prints = evaluated[_FINGERPRINT].fillna(0.0)
+    new = ~prints.duplicated()
+    held = (prints == prints.shift()).all(axis=1)
+    distinct, held = evaluated[new].iloc[1:], held.iloc[1:]
+    objective = evaluated["iterate_objective"].iloc[1:]
+    early = math.nan
+    if len(objective) and objective.notna().all():
+        final = objective.iloc[-1]
+        far = (objective - final).abs() > 0.01 * abs(final)
+        settled = int(far.to_numpy().nonzero()[0].max(initial=-1)) + 1
+        early = _ratio(float(held.iloc[:settled].sum()), settled) if settled else 0.0
+    violating = int((distinct["iterate_violates"] == 1).sum())
+    return len(distinct), violating, int(held.sum()), early
+
+
 def measure(
     updates: Sequence[Update], cost_limit: float, reference: dict[str, Any] | None = None
 ) -> RunMetrics:
@@ -158,6 +196,7 @@ def measure(
     cvar_low, cvar_high = episode_cost_cvar(n.to_numpy(), C.to_numpy(), maxima.to_numpy())
     training = _last(finished)
 
+    distinct, unsafe, held, held_early = _policies(table)
     totals = rest.sum()
     return RunMetrics(
         start_return=start["iterate_return"],
@@ -172,6 +211,10 @@ def measure(
         updates=len(rest),
         evaluated_iterates=len(evaluated),
         violating_iterates=len(violating),
+        distinct_policies=distinct,
+        violating_policies=unsafe,
+        held_updates=held,
+        held_early_share=held_early,
         updates_over_limit_share=_ratio((excess > 0).sum(), len(finished)),
         training_episodes=int(totals["episodes"]),
         violating_episodes=int(totals["violating_episodes"]),

@@ -98,7 +98,7 @@ def reference_of(cell: Cell, references: dict[str, dict[str, Any]]) -> dict[str,
 
 _CELL = ("task", "agent", "seed", "steps", "cost_limit")
 # Of proof.json, where a run has one that belongs to its record.
-_PROOF = ("proved_policies", "distinct_policies")
+_PROOF = ("proved_policies", "examined_policies")
 _IDENTITY = ("suite", *_CELL, "setup", "key", "status", "error", "reference", "provenance")
 
 
@@ -181,7 +181,7 @@ def _proved(record: Record, problems: list[str]) -> dict[str, int]:
         return {}
     if proof is None:
         return {}
-    return {"proved_policies": proof.proved, "distinct_policies": proof.distinct}
+    return {"proved_policies": proof.proved, "examined_policies": proof.distinct}
 
 
 def _put_at_the_floor(task: pd.DataFrame) -> None:

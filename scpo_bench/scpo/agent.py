@@ -1,12 +1,13 @@
 """SCPO: every proposed update is projected into the set of certified steps.
 
 Source: Cao, Borrelli, Joa, "Constrained Policy Optimization via Sampling-Based Weight-Space
-Projection", arXiv 2512.13788. Where the paper is silent, this package is the definition.
-Deviations, each an option: ``verified`` mode evaluates a step's constraints before deploying it
-(they are the next update's starting point, so this costs nothing); L may be sampled or adapted
-instead of declared; the certificate carries an explicit error for slopes that are difference
-quotients; constraints are log-sum-exp maxima of relative values; the step may be confined to a
-subspace of the weights.
+Projection", arXiv 2512.13788. The defaults are the published algorithm, as far as it is public
+(:mod:`scpo_bench.scpo.guard` cites it line by line); where the paper is silent, this package is the
+definition: each constraint is a log-sum-exp maximum over start states and steps of relative values,
+and the step changes the last layer.
+
+:class:`PointwiseSCPO` is what this project makes of it: one constraint per start state, step and
+signed bound, a complete bank, sampled curvature, and probes that serve several updates.
 """
 
 from __future__ import annotations
@@ -14,14 +15,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+
 from scpo_bench.configuration import require
-from scpo_bench.contract import probe_meter_of, task_of
+from scpo_bench.contract import Floats, probe_meter_of, task_of
 from scpo_bench.errors import UserError
+from scpo_bench.scpo.bank import Candidate
+from scpo_bench.scpo.certified_step import Objective
 from scpo_bench.scpo.closed_form import ClosedForm, ProvenGuard
-from scpo_bench.scpo.constraints import RolloutConfig, constraints_from
+from scpo_bench.scpo.constraints import RolloutConfig
+from scpo_bench.scpo.evaluation import constraints_from
 from scpo_bench.scpo.gradient_descent import GradientDescent, GradientDescentConfig
-from scpo_bench.scpo.guard import Guard, GuardConfig
+from scpo_bench.scpo.guard import Guard
+from scpo_bench.scpo.guard_config import GuardConfig, Mode
+from scpo_bench.scpo.pointwise import Pointwise
 from scpo_bench.scpo.rollouts import BatchedRollouts, refuse_wrappers
+from scpo_bench.scpo.smoothness import Rule
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,61 @@ class SCPOConfig(RolloutConfig, GuardConfig, GradientDescentConfig):
         for part in (GuardConfig, GradientDescentConfig, RolloutConfig):
             part.__post_init__(self)
         require(self, "constraint_noise", low=0)
+        name = type(self).__name__
+        if self.pointwise and self.smoothness == "adaptive":
+            raise UserError(
+                f"{name}.smoothness: expected 'sampled' or 'apriori' for pointwise constraints, "
+                "whose start states may change, got 'adaptive'"
+            )
+        if self.pointwise and self.safe_probes:
+            raise UserError(
+                f"{name}.safe_probes: expected False for pointwise constraints, got True"
+            )
+        if self.mode == "certified" and self.active_starts > 0:
+            raise UserError(
+                f"{name}.active_starts: expected 0 in certified mode, where nothing "
+                f"would evaluate the other start states, got {self.active_starts}"
+            )
+
+
+@dataclass(frozen=True)
+class PointwiseConfig(SCPOConfig):
+    """The defaults of agent ``scpo-pointwise``."""
+
+    pointwise: bool = True
+    evaluation_starts: int = 256
+    active_starts: int = 8
+    kept_starts: int = 64
+    fresh_starts: int = 128
+    smoothness: Rule = "sampled"
+    safety_factor: float = 1.0
+    directions: int = 4096
+    """In effect a complete basis."""
+    candidates: tuple[Candidate, ...] = ()
+    probe_radius: float = 0.03
+    follow_steps: bool = True
+    smallest_probe: float = 0.2
+    reuse: float = 0.005
+    margin: float = 0.02
+
+
+@dataclass(frozen=True)
+class CertifiedConfig(PointwiseConfig):
+    """The defaults of agent ``scpo-certified``: no step is evaluated before it is deployed."""
+
+    mode: Mode = "certified"
+    active_starts: int = 0
+    kept_starts: int = 32
+    safety_factor: float = 2.0
+    reuse: float = 0.0
+    margin: float = 0.05
+
+
+@dataclass(frozen=True)
+class ProvenConfig(SCPOConfig):
+    """The defaults of agent ``scpo-proven``."""
+
+    mode: Mode = "proven"
 
 
 class SCPO(GradientDescent):
@@ -53,6 +117,8 @@ class SCPO(GradientDescent):
 
     def __init__(self, policy: Any, env: Any, **kwargs: Any) -> None:
         self._constraints: Any = None  # Constraints, or a ClosedForm in mode `proven`
+        # Of pointwise constraints, for when the agent is loaded.
+        self._pointwise_state: tuple[Floats, ...] | None = None
         super().__init__(policy, env, **kwargs)
         proven = self.config.mode == "proven"
         self.guard: Guard | ProvenGuard = ProvenGuard() if proven else Guard(self.config)
@@ -83,8 +149,24 @@ class SCPO(GradientDescent):
                 config.constraint_noise,
                 self.seed or 0,
             )
-            self._constraints = constraints_from(rollouts, config, config.retries)
+            self._constraints = constraints_from(rollouts, config, config, self.seed or 0)
+            if isinstance(self._constraints, Pointwise) and self._pointwise_state is not None:
+                self._constraints.state = self._pointwise_state
         return self._constraints
+
+    @property
+    def objective(self) -> Objective:
+        """The loss over the labels seen so far, for backtracking."""
+
+        def gradient(w: Floats) -> Floats:
+            variable = torch.as_tensor(w).clone().requires_grad_()
+            return torch.autograd.grad(self.loss(variable), variable)[0].numpy()
+
+        def value(w: Floats) -> float:
+            with torch.no_grad():
+                return float(self.loss(torch.as_tensor(w)))
+
+        return Objective(value, gradient)
 
     def start_training(self) -> None:
         super().start_training()
@@ -92,6 +174,28 @@ class SCPO(GradientDescent):
 
     def train(self) -> None:
         """One update: propose, and deploy what the guard decides."""
-        decision = self.guard.update(self.w, self.propose, self.constraints, self.rng)
+        decision = self.guard.update(
+            self.w, self.propose, self.constraints, self.rng, objective=self.objective
+        )
         self.deploy(decision.w)
+        if isinstance(self._constraints, Pointwise):
+            self._pointwise_state = self._constraints.state
         self.diagnostics = {**self.diagnostics, **decision.diagnostics}
+
+
+class PointwiseSCPO(SCPO):
+    """Agent ``scpo-pointwise``: :class:`SCPO` with the defaults of :class:`PointwiseConfig`."""
+
+    Config: ClassVar[type[GradientDescentConfig]] = PointwiseConfig
+
+
+class CertifiedSCPO(SCPO):
+    """Agent ``scpo-certified``: :class:`SCPO` with the defaults of :class:`CertifiedConfig`."""
+
+    Config: ClassVar[type[GradientDescentConfig]] = CertifiedConfig
+
+
+class ProvenSCPO(SCPO):
+    """Agent ``scpo-proven``: :class:`SCPO` in closed form, where every policy is proved."""
+
+    Config: ClassVar[type[GradientDescentConfig]] = ProvenConfig

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import osqp
@@ -30,6 +30,7 @@ from scpo_bench.errors import UserError
 from scpo_bench.proofs.invariance import Invariance, check
 from scpo_bench.proofs.plants import Plant, Problem, plant_of, problem
 from scpo_bench.proofs.policy import Policy, from_modules
+from scpo_bench.scpo.certified_step import Held, Objective
 from scpo_bench.scpo.guard import Decision, UnsafeStartError
 from scpo_bench.scpo.spaces import LastLayer
 
@@ -167,7 +168,8 @@ class ProvenGuard:
     """
 
     def __init__(self) -> None:
-        self.held = 0
+        self.updates = self.breaches = self.exceeded = self.recoveries = 0
+        self.held: dict[Held, int] = dict.fromkeys(get_args(Held), 0)
         self._active = np.zeros(0, dtype=np.intp)
         self._started = False
 
@@ -189,9 +191,11 @@ class ProvenGuard:
         constraints: ClosedForm,
         rng: np.random.Generator,
         cost_gradients: Sequence[Floats] = (),
+        objective: Objective | None = None,
     ) -> Decision:
         """One update of the deployed policy w [d], which is proved. No rollouts, no chance."""
         self.start(w, constraints)
+        self.updates += 1
         proposal = propose()
         target, pad = w + proposal, PAD + constraints.problem(w).error
         cells = cuts = 0
@@ -207,12 +211,14 @@ class ProvenGuard:
                     break
                 constraints.add_worst(proof)
             pad *= 2
-        self.held += deployed is None
+        if deployed is None:
+            self.held["recheck"] += 1
         step = 0.0 if deployed is None else float(np.linalg.norm(deployed - w))
         diagnostics = {
             "proposal_norm": float(np.linalg.norm(proposal)),
             "step_norm": step,
-            "held": float(self.held),
+            "held": float(sum(self.held.values())),
+            "held/recheck": float(self.held["recheck"]),
             "cells": float(cells),
             "cuts": float(cuts),
             "pad": pad,

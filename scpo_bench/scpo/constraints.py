@@ -1,41 +1,85 @@
-"""Constraints g(w) <= 0 as functions of the parameters: exact, or estimated from noisy rollouts."""
+"""Constraints g(w) <= 0 as functions of the parameters: what they offer, and exact ones."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, get_args
 
 import numpy as np
-from scipy import stats
+from numpy.typing import NDArray
 
-from scpo_bench.configuration import require
+from scpo_bench.configuration import require, require_choice
 from scpo_bench.contract import Floats
-from scpo_bench.scpo.rollouts import Rollouts
+from scpo_bench.scpo.bounds import Bound
+
+NONE: NDArray[np.intp] = np.zeros(0, dtype=np.intp)
 
 
 class Constraints(Protocol):
-    """k constraints on parameters w [d]. names: of the constraints, k of them."""
+    """K constraints on parameters w [d].
+
+    names: what users call them. group: [K], the index of each one's name; several may share one.
+    noisy: evaluating w again tells more. uncertainty: how far below what ``evaluate`` returned last
+    g may be [K], or one number for all: the width of a confidence interval. changed: the
+    constraints that the last ``begin_update`` has replaced by others.
+    """
 
     names: tuple[str, ...]
+    group: NDArray[np.intp]
+    noisy: bool
+    uncertainty: Floats | float
+    changed: NDArray[np.intp]
 
-    def begin_update(self, update: int) -> bool:
-        """Draw new noise, the same for all evaluations of this update.
+    def begin_update(self, update: int, w: Floats, g: Floats | None) -> Floats:
+        """g(w) [K] for this update, whose noise or start states may be new.
 
-        True if there is any: then the deployed policy has to be evaluated again.
+        g: as it was known before; None: not at all.
         """
         ...
 
     def evaluate(self, w: Floats) -> Floats:
-        """g(w) [k]; where g is noisy, an upper confidence bound on it."""
+        """g(w) [K]; where g is noisy, an upper confidence bound on it."""
         ...
 
-    def probe(self, w: Floats, g: Floats, probes: Floats) -> tuple[Floats, Floats]:
-        """g at ``probes`` [M, d], and the half width of each difference's confidence interval.
+    def nearest(self, g: Floats) -> NDArray[np.intp]:
+        """The constraints to probe where the values are g [K], ascending."""
+        ...
 
-        The difference is the one from g [k], the values at w. Both results are [M, k].
+    def beside(self, rows: NDArray[np.intp]) -> NDArray[np.intp]:
+        """All constraints that are evaluated when those in ``rows`` are, ascending."""
+        ...
+
+    def probe(
+        self, w: Floats, g: Floats, probes: Floats, rows: NDArray[np.intp]
+    ) -> tuple[Floats, Floats]:
+        """g of the constraints ``rows`` [k] at ``probes`` [M, d], and the differences' half widths.
+
+        The half widths are those of the confidence intervals of the differences from g [K], the
+        values at w. Both results are [M, k]. rows: from ``nearest`` or ``beside``.
         """
         ...
+
+    def rounding(self, w: Floats) -> Floats | float:
+        """How far off g [K] may be, near w, by the precision of weights and arithmetic."""
+        ...
+
+
+def by_name(constraints: Constraints, values: Floats, rows: NDArray[np.intp]) -> Floats:
+    """[n], the largest of ``values`` [k], of the constraints ``rows`` [k], under each name.
+
+    -inf where there is none.
+    """
+    largest = np.full(len(constraints.names), -np.inf)
+    np.maximum.at(largest, constraints.group[rows], values)
+    return largest
+
+
+def describe_worst(constraints: Constraints, g: Floats) -> str:
+    """One line that names the constraint with the largest value of g [K]."""
+    worst = int(np.argmax(g))
+    name = constraints.names[constraints.group[worst]]
+    return f"constraint '{name}' has value {g[worst]:.4g} > 0"
 
 
 @dataclass(frozen=True)
@@ -46,6 +90,21 @@ class RolloutConfig:
     """Batched tasks: sharpness of the log-sum-exp maximum over states and steps, per unit of
     relative constraint value.
     """
+    pointwise: bool = False
+    """Batched tasks: one constraint per start state, step and signed bound, instead of one smooth
+    maximum per constraint of the task.
+    """
+    active_starts: int = 0
+    """Pointwise: start states that are probed, per constraint of the task: those with the largest
+    values. The others are evaluated with each candidate (verified mode), and probed if it fails
+    there. 0: all.
+    """
+    fresh_starts: int = 0
+    """Pointwise: start states that are drawn anew for every update, most of them between those
+    whose trajectories part. A fixed set has gaps, and training finds them.
+    """
+    kept_starts: int = 0
+    """Pointwise: start states with the largest values among those drawn so far, which are kept."""
     evaluation_starts: int = 512
     """Batched tasks: start states of a constraint evaluation.
 
@@ -55,107 +114,90 @@ class RolloutConfig:
     level: float = 0.05
     """Noisy constraints: the probability with which an update may deploy an unsafe policy."""
     rollouts: int = 8
-    """Noisy constraints: rollouts of the first evaluation of a policy, and of every probe."""
+    """Noisy constraints: rollouts of the first evaluation of a policy."""
+    probe_rollouts: int = 8
+    """Noisy constraints: rollouts of every probe."""
     rollout_budget: int = 512
-    """Noisy constraints: rollouts of one policy at most."""
+    """Noisy constraints: rollouts in one evaluation of a policy at most."""
+    bound: Bound = "mixed"
+    """Noisy constraints: upper confidence bound on the mean. student: exact for normal values.
+    mixed: the larger of that and a bound on the share of costly episodes (Clopper-Pearson) times
+    what one costs; a heuristic for costs of which many are zero, and student where there are signed
+    values. betting: holds for every distribution within the range of an episode's cost, but needs
+    hundreds of rollouts where that range is far above the limit.
+    """
+    predicted_episodes: int = 0
+    """Noisy constraints: also ask that the mean of so many further episodes stays within the limit
+    with probability 1 - ``level`` (by Student's prediction interval). 0: do not.
+    """
+    reserve: float = 0.0
+    """Noisy constraints: how far below zero a candidate's bound has to be. The deployed policy may
+    use this up when more is known of it.
+    """
+    largest_cost: float = 0.0
+    """Noisy constraints: the most that an episode can cost. 0: its number of steps, which is right
+    where a step costs 1 at most.
+    """
 
     def __post_init__(self) -> None:
         require(self, "sharpness", above=0)
         require(self, "evaluation_starts", low=1)
+        for name in ("active_starts", "fresh_starts", "kept_starts"):
+            require(self, name, low=0)
         require(self, "level", above=0, high=0.5)
         require(self, "rollouts", low=2)
+        require(self, "probe_rollouts", low=2)
         require(self, "rollout_budget", low=self.rollouts)
+        require_choice(self, "bound", get_args(Bound))
+        for name in ("predicted_episodes", "reserve", "largest_cost"):
+            require(self, name, low=0)
 
 
-def constraints_from(rollouts: Rollouts, config: RolloutConfig, retries: int) -> Constraints:
-    """The constraints that ``rollouts`` evaluate. retries: candidates per update, at most."""
-    if rollouts.exact:
-        return Exact(rollouts.names, lambda w: rollouts(w, (0,))[:, 0])
-    return Expected(
-        rollouts.names, rollouts, config.level, config.rollouts, config.rollout_budget, retries
-    )
+class Few:
+    """Constraints with a name each, which are always evaluated together."""
 
+    noisy = False
+    changed = NONE
+    uncertainty: Floats | float = 0.0
 
-class Exact:
-    """g is a function: ``values`` maps w [M, d] to g [M, k]."""
-
-    def __init__(self, names: tuple[str, ...], values: Callable[[Floats], Floats]) -> None:
+    def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
-        self.values = values
+        self.group = np.arange(len(names))
 
-    def begin_update(self, update: int) -> bool:
-        return False
+    def nearest(self, g: Floats) -> NDArray[np.intp]:
+        return self.group
 
-    def evaluate(self, w: Floats) -> Floats:
-        return self.values(w[None])[0]
-
-    def probe(self, w: Floats, g: Floats, probes: Floats) -> tuple[Floats, Floats]:
-        values = self.values(probes)
-        return values, np.zeros_like(values)
+    def beside(self, rows: NDArray[np.intp]) -> NDArray[np.intp]:
+        return self.group
 
 
-class Expected:
-    """g(w) = E[y(w, noise)], estimated from rollouts, with confidence 1 - ``level`` per update.
+class Exact(Few):
+    """g is a function: ``values`` maps w [M, d] to g [M, k].
 
-    sample: (w [M, d], stream numbers [n]) -> y [M, n, k], one rollout per stream. Equal streams
-    mean equal noise (common random numbers), so differences between policies are paired: the noise
-    that both share cancels.
-    rollouts: of a policy's first evaluation, and of every probe; they are doubled until the
-    decision is clear, up to ``budget``.
-    candidates: how many policies an update may evaluate beside its own. The level is shared among
-    them (Bonferroni), the constraints, and the doublings.
-
-    The intervals are Student's: exact for normal noise, approximate otherwise.
+    rounding: maps w [d] to how far off its values may be by rounding [k]; by default not at all.
     """
 
     def __init__(
         self,
         names: tuple[str, ...],
-        sample: Callable[[Floats, Sequence[int]], Floats],
-        level: float,
-        rollouts: int,
-        budget: int,
-        candidates: int,
+        values: Callable[[Floats], Floats],
+        rounding: Callable[[Floats], Floats] | None = None,
     ) -> None:
-        self.names = names
-        self._sample = sample
-        self._rollouts, self._budget = rollouts, budget
-        doublings = 1 + max(0, int(np.ceil(np.log2(budget / rollouts))))
-        # One share for the policy itself, one for each candidate, one for the slopes.
-        self._tail = level / ((candidates + 2) * len(names) * doublings)
-        self._first = 0  # the update's first stream
+        super().__init__(names)
+        self.values = values
+        self._rounding = rounding
 
-    def begin_update(self, update: int) -> bool:
-        self._first = update * self._budget  # no update uses more
-        return True
-
-    def _rollout(self, w: Floats, start: int, stop: int) -> Floats:
-        return self._sample(w, range(self._first + start, self._first + stop))
-
-    def _half_width(self, y: Floats, tests: int = 1) -> Floats:
-        """Of the one-sided confidence interval of the mean over axis -2 of y [..., n, k]."""
-        n = y.shape[-2]
-        return stats.t.ppf(1 - self._tail / tests, n - 1) * y.std(axis=-2, ddof=1) / np.sqrt(n)
+    def begin_update(self, update: int, w: Floats, g: Floats | None) -> Floats:
+        return self.evaluate(w) if g is None else g
 
     def evaluate(self, w: Floats) -> Floats:
-        y = self._rollout(w[None], 0, self._rollouts)[0]
-        while True:
-            n, mean, half = len(y), y.mean(axis=0), self._half_width(y)
-            # Clear: certainly unsafe, or safe with the distance to the limit known to within half
-            # of itself.
-            unsafe = (mean - half > 0).any()
-            safe = (mean + half <= np.minimum(0.5 * mean, 0.0)).all()
-            if unsafe or safe or n >= self._budget:
-                return mean + half
-            y = np.concatenate([y, self._rollout(w[None], n, min(2 * n, self._budget))[0]])
+        return self.values(w[None])[0]
 
-    def probe(self, w: Floats, g: Floats, probes: Floats) -> tuple[Floats, Floats]:
-        y = self._rollout(np.concatenate([w[None], probes]), 0, self._rollouts)
-        difference = y[1:] - y[0]
-        return g + difference.mean(axis=1), self._half_width(difference, tests=len(probes))
+    def probe(
+        self, w: Floats, g: Floats, probes: Floats, rows: NDArray[np.intp]
+    ) -> tuple[Floats, Floats]:
+        values = self.values(probes)
+        return values, np.zeros_like(values)
 
-
-def describe_unsafe(names: tuple[str, ...], g: Floats) -> str:
-    """One line that names the worst constraint and its value."""
-    worst = int(np.argmax(g))
-    return f"constraint '{names[worst]}' has value {g[worst]:.4g} > 0"
+    def rounding(self, w: Floats) -> Floats | float:
+        return 0.0 if self._rounding is None else self._rounding(w)

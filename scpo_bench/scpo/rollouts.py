@@ -7,8 +7,9 @@ several processes (:class:`EpisodeRollouts`). Policies act deterministically.
 
 from __future__ import annotations
 
+import functools
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any, Protocol
@@ -17,13 +18,14 @@ import cloudpickle
 import gymnasium as gym
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecMonitor, VecNormalize
 from torch import Tensor
 
-from scpo_bench.contract import BatchedTask, Floats, ProbeMeter
+from scpo_bench.contract import BatchedTask, Components, Floats, ProbeMeter
 from scpo_bench.errors import UserError
 from scpo_bench.processes import end_with_parent
-from scpo_bench.scpo.spaces import ParameterSpace
+from scpo_bench.scpo.spaces import ParameterSpace, Policies
 
 # Policies are evaluated in groups of about this many (policy, start) pairs: the working set then
 # stays in the processor's cache.
@@ -37,10 +39,12 @@ class Rollouts(Protocol):
     """y = constraint values of policies under numbered streams of noise.
 
     names: of the k constraints. exact: there is no noise, and every stream gives the same values.
+    span: smallest and largest possible y where y counts costs, infinite if unknown; else None.
     """
 
     names: tuple[str, ...]
     exact: bool
+    span: tuple[float, float] | None
 
     def __call__(self, w: Floats, streams: Sequence[int]) -> Floats:
         """y [M, n, k] for policies w [M, d] and n streams; equal streams mean equal noise."""
@@ -73,6 +77,8 @@ class BatchedRollouts:
     stream is then charged as rollouts of its own.
     """
 
+    span: tuple[float, float] | None = None
+
     def __init__(
         self,
         task: BatchedTask,
@@ -89,13 +95,79 @@ class BatchedRollouts:
         self._starts = tuple(
             torch.as_tensor(s, dtype=torch.float64) for s in task.design_starts(starts)
         )
+        self.starts = len(self._starts[0])
+
+    @property
+    def start_states(self) -> tuple[Floats, ...]:
+        """One array [n] per component."""
+        return tuple(component.numpy().copy() for component in self._starts)
+
+    @start_states.setter
+    def start_states(self, states: tuple[Floats, ...]) -> None:
+        self._starts = tuple(torch.as_tensor(component) for component in states)
+
+    def add_starts(self, n: int, rng: np.random.Generator) -> None:
+        """n more start states, sampled."""
+        more = self.sample_states(n, rng)
+        self._starts = tuple(
+            torch.cat([s, torch.as_tensor(m, dtype=s.dtype)]) for s, m in zip(self._starts, more)
+        )
+        self.starts += n
+
+    def set_starts(self, which: NDArray[np.intp], states: Sequence[Floats]) -> None:
+        """Replace start states. states: one array [len(which)] per component."""
+        for component, new in zip(self._starts, states):
+            component[which] = torch.as_tensor(new, dtype=component.dtype)
+
+    def sample_states(self, n: int, rng: np.random.Generator) -> Components:
+        """n start states as the task's own episodes begin."""
+        return self._task.sample_starts(n, rng)
+
+    @functools.cached_property
+    def bound_names(self) -> NDArray[np.intp]:
+        """[P], the index of the name of each of one start's constraints, in their order."""
+        width = self._task.action_space.shape[0]
+        one = tuple(s[None, :1] for s in self._starts)
+        bounds = self._bounds_of(lambda x: x.new_zeros(*x.shape[:-1], width), one)
+        return np.array([name for name, _ in bounds])
+
+    def bounds(self, w: Floats, starts: NDArray[np.intp] | Components | None = None) -> Floats:
+        """Every signed bound's value for policies w [M, d]: [M, n P], start after start.
+
+        starts: [n], indices of the start states, or the states themselves; by default all.
+        """
+        chosen = self._starts
+        if isinstance(starts, tuple):
+            chosen = tuple(torch.as_tensor(s, dtype=torch.float64) for s in starts)
+        elif starts is not None:
+            chosen = tuple(s[starts] for s in self._starts)
+        n, parts = len(chosen[0]), []
+        with torch.no_grad():
+            for part in torch.as_tensor(w).split(self._at_once(n)):
+                state = tuple(s.expand(len(part), -1) for s in chosen)
+                values = [value for _, value in self._bounds_of(self._space.policies(part), state)]
+                parts.append(torch.stack(values, dim=-1).reshape(len(part), -1))
+        result = torch.cat(parts).numpy()
+        self._meter.violations += int((result > 0).any(axis=1).sum())
+        self._meter.steps += len(w) * n * self._task.constraint_horizon
+        return result
+
+    def _bounds_of(self, act: Policies, state: Components) -> Iterator[tuple[int, Tensor]]:
+        horizon = self._task.constraint_horizon
+        for step in range(horizon):
+            action = act(torch.stack(state, dim=-1)).double().unbind(dim=-1)
+            following = self._task.next_state(state, action)
+            yield from self._task.bounds(state, action, following, step + 1 == horizon)
+            state = following
+
+    def _at_once(self, starts: int) -> int:
+        return max(1, PAIRS_AT_ONCE // starts) if self._space.vectorized else 1
 
     def __call__(self, w: Floats, streams: Sequence[int] = (0,)) -> Floats:
-        n, k = len(self._starts[0]), len(self.names)
-        at_once = max(1, PAIRS_AT_ONCE // n) if self._space.vectorized else 1
+        n, k = self.starts, len(self.names)
         smooth = []
         with torch.no_grad():
-            for part in torch.as_tensor(w).split(at_once):
+            for part in torch.as_tensor(w).split(self._at_once(n)):
                 values = self.constraint_values(part)
                 self._meter.violations += int((values.amax(dim=(1, 2)) > 0).sum())
                 smooth.append(torch.logsumexp(self._sharpness * values, dim=-1) / self._sharpness)
@@ -129,6 +201,7 @@ class EpisodeRollouts:
     y = (episode cost - cost_limit) / max(cost_limit, 1), constraint "cost"; where cost_limit is 0,
     the largest signed constraint values of the episode (``info["constraint_values"]``). With
     ``workers`` > 1 that many processes run them; the result does not depend on it.
+    largest_cost: of an episode; 0: its number of steps, if the environment's specification has one.
     Raises UserError if cost_limit is 0 and the task has no signed values: then there is no room in
     which to take a step.
     """
@@ -143,11 +216,13 @@ class EpisodeRollouts:
         seed: int,
         workers: int,
         meter: ProbeMeter,
+        largest_cost: float = 0.0,
     ) -> None:
         self._seed, self._workers, self._meter = seed, workers, meter
         self._episodes = _Episodes(make_env, space, cost_limit)
         self._pool: ProcessPoolExecutor | None = None
         self.names = self._episodes.constraint_names()
+        self.span = self._episodes.span(largest_cost)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pool": None}  # processes are started anew
@@ -209,6 +284,17 @@ class _Episodes:
             )
         return tuple(f"constraint_{i}" for i in range(len(info["constraint_values"])))
 
+    def span(self, largest_cost: float) -> tuple[float, float] | None:
+        """The smallest and the largest y: of no cost, and of ``largest_cost``."""
+        if self._cost_limit == 0:
+            return None
+        spec = self._env(0).spec
+        largest = largest_cost or (spec and spec.max_episode_steps) or np.inf
+        return self._relative(0.0), self._relative(largest)
+
+    def _relative(self, cost: Any) -> Any:
+        return (cost - self._cost_limit) / max(self._cost_limit, 1.0)
+
     def run(self, w: Floats, seeds: Sequence[int]) -> tuple[Floats, int]:
         """(y [n, k], steps) of n episodes of policy w [d], side by side."""
         act = self._space.policies(torch.as_tensor(w)[None])
@@ -231,8 +317,7 @@ class _Episodes:
         steps = sum(map(len, costs))
         if self._cost_limit == 0:
             return np.stack([np.max(episode, axis=0) for episode in values]), steps
-        totals = np.array([[sum(episode)] for episode in costs])
-        return (totals - self._cost_limit) / max(self._cost_limit, 1.0), steps
+        return self._relative(np.array([[sum(episode)] for episode in costs])), steps
 
     def close(self) -> None:
         for env in self._envs:

@@ -211,12 +211,12 @@ class Weights:
     """
 
     def __init__(self, tensors: Sequence[Tensor], start: Floats | None = None) -> None:
-        self._tensors = list(tensors)
+        self.tensors = list(tensors)
         self.start = self._flat() if start is None else start
         self.dimension = len(self.start)
 
     def _flat(self) -> Floats:
-        return torch.cat([p.detach().reshape(-1) for p in self._tensors]).double().numpy()
+        return torch.cat([p.detach().reshape(-1) for p in self.tensors]).double().numpy()
 
     def read(self) -> Floats:
         """The present w."""
@@ -225,16 +225,24 @@ class Weights:
     def write(self, w: Floats) -> None:
         """Set the tensors, in their own precision."""
         flat = torch.as_tensor(self.start + w)
-        parts = flat.split([p.numel() for p in self._tensors])
-        self.restore([part.reshape(p.shape) for p, part in zip(self._tensors, parts)])
+        parts = flat.split([p.numel() for p in self.tensors])
+        self.restore([part.reshape(p.shape) for p, part in zip(self.tensors, parts)])
+
+    def nudge(self, rng: np.random.Generator) -> None:
+        """Move every weight to the next number of its precision, up or down at random."""
+        with torch.no_grad():
+            for p in self.tensors:
+                up = torch.as_tensor(rng.random(tuple(p.shape)) < 0.5)
+                limit = torch.where(up, torch.inf, -torch.inf).to(p.dtype)
+                p.copy_(torch.nextafter(p, limit))
 
     def copy(self) -> list[Tensor]:
         """The tensors as they are, for :meth:`restore`: exact, which reading and writing is not."""
-        return [p.detach().clone() for p in self._tensors]
+        return [p.detach().clone() for p in self.tensors]
 
     def restore(self, values: Sequence[Tensor]) -> None:
         with torch.no_grad():
-            for p, value in zip(self._tensors, values):
+            for p, value in zip(self.tensors, values):
                 p.copy_(value)
 
 
@@ -293,7 +301,7 @@ class PolicyWeights(Weights):
 
     def gradient(self, loss: Tensor) -> Floats:
         """[d]: the gradient of a scalar that was computed with the policy."""
-        parts = torch.autograd.grad(loss, self._tensors, allow_unused=True, materialize_grads=True)
+        parts = torch.autograd.grad(loss, self.tensors, allow_unused=True, materialize_grads=True)
         return torch.cat([part.reshape(-1) for part in parts]).double().numpy()
 
 

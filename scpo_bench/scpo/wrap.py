@@ -26,12 +26,23 @@ from torch import Tensor
 from scpo_bench.configuration import require, resolve_config
 from scpo_bench.contract import MONITOR, Floats, probe_meter_of, task_of
 from scpo_bench.errors import UserError
-from scpo_bench.scpo.constraints import Constraints, Exact, RolloutConfig, constraints_from
+from scpo_bench.scpo.bank import Candidate
+from scpo_bench.scpo.constraints import Constraints, Exact, RolloutConfig
 from scpo_bench.scpo.cost_gradient import cost_gradient
-from scpo_bench.scpo.directions import Candidate
-from scpo_bench.scpo.guard import Decision, Guard, GuardConfig
+from scpo_bench.scpo.estimation import Evidence
+from scpo_bench.scpo.evaluation import constraints_from
+from scpo_bench.scpo.guard import Decision, Guard
+from scpo_bench.scpo.guard_config import GuardConfig
 from scpo_bench.scpo.rollouts import BatchedRollouts, EpisodeRollouts, refuse_wrappers
 from scpo_bench.scpo.spaces import PolicyWeights, Weights
+
+# Of GuardConfig, for ProjectedOptimizer: its constraints cost little.
+OPTIMIZER_DEFAULTS: dict[str, Any] = {
+    "directions": 64,
+    "candidates": ("normals", "momentum", "start"),
+    "probe_radius": 1e-2,
+    "safe_probes": True,
+}
 
 
 def _update(
@@ -57,6 +68,10 @@ def _update(
     return decision, result
 
 
+# Changes of the weights by their last bit, from which rounding is estimated, and the factor on it.
+NUDGES = 4
+
+
 class ProjectedOptimizer:
     """A torch optimiser whose steps are projected.
 
@@ -79,15 +94,14 @@ class ProjectedOptimizer:
         **config: Any,
     ) -> None:
         self.optimizer = optimizer
-        self.guard = Guard(
-            resolve_config(GuardConfig, {"probe_radius": 1e-2, "safe_probes": True, **config})
-        )
+        self.guard = Guard(resolve_config(GuardConfig, {**OPTIMIZER_DEFAULTS, **config}))
         self.diagnostics: dict[str, float] = {}
         self._weights = Weights([p for group in optimizer.param_groups for p in group["params"]])
         self._rng = np.random.default_rng(np.random.SeedSequence(seed))
         self._constraint_values = constraints
         known = tuple(names) or tuple(f"constraint_{i}" for i in range(len(self._values())))
-        self._constraints = Exact(known, self._evaluate)
+        single = any(t.dtype != torch.float64 for t in self._weights.tensors)
+        self._constraints = Exact(known, self._evaluate, self._rounding if single else None)
 
     def __getattr__(self, name: str) -> Any:  # zero_grad, state_dict, param_groups, ...
         return getattr(self.__dict__["optimizer"], name)
@@ -105,6 +119,19 @@ class ProjectedOptimizer:
             self._weights.write(row)
             rows.append(self._values())
         return np.stack(rows)
+
+    def _rounding(self, w: Floats) -> Floats:
+        """How much g changes where no weight changes by more than its last bit: [k].
+
+        The largest of a few such changes, times a factor: what rounding of weights and arithmetic
+        does to a value.
+        """
+        values = [self._evaluate(w[None])[0]]
+        for nudge in range(NUDGES):
+            self._weights.write(w)
+            self._weights.nudge(np.random.default_rng(nudge))
+            values.append(self._values())
+        return NUDGES * np.abs(np.stack(values) - values[0]).max(axis=0)
 
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """One step of the optimiser, projected. Returns what the optimiser returns."""
@@ -128,10 +155,15 @@ class ProjectedConfig(RolloutConfig, GuardConfig):
     smallest_probe: float = 0.3
     trust_radius: float = 1e3
     """In effect none: the algorithm chooses its own step size."""
+    largest_L: float = 20.0
     margin: float = 0.1
+    recheck: float = 0.0
     retries: int = 4
-    rollouts: int = 4
+    probe_rollouts: int = 4
     rollout_budget: int = 32
+    predicted_episodes: int = 10
+    """As many as the suites judge a policy by."""
+    reserve: float = 0.05
     cost_limit: float = 25.0
     """Limit on the cost of an episode, >= 0; on tasks with signed constraint values 0 means none of
     them may be positive.
@@ -189,6 +221,7 @@ class Projected(BaseAlgorithm):
         self._start_weights: Floats | None = None  # w = 0, for when the agent is loaded
         self._rollouts: BatchedRollouts | EpisodeRollouts | None = None
         self._constraints: Constraints | None = None
+        self._evidence = Evidence()
         self._costs: list[Floats] = []  # [N] of each step of the present data collection
         super().__init__(policy, env, **{k: v for k, v in kwargs.items() if k not in ours})
         self._guard_rng = np.random.default_rng(np.random.SeedSequence([self.seed or 0, 1]))
@@ -223,8 +256,11 @@ class Projected(BaseAlgorithm):
                     self.seed or 0,
                     int(self._workers or getattr(self.env.unwrapped, "workers", None) or 1),
                     meter,
+                    config.largest_cost,
                 )
-            self._constraints = constraints_from(self._rollouts, config, config.retries)
+            self._constraints = constraints_from(
+                self._rollouts, config, config, self.seed or 0, self._evidence
+            )
         return self._constraints
 
     def learn(self, *args: Any, **kwargs: Any) -> Self:

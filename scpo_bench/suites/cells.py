@@ -7,7 +7,7 @@ from pathlib import Path
 from scpo_bench.errors import UserError, at, nearest
 from scpo_bench.records.files import file_name
 from scpo_bench.records.schema import Cell
-from scpo_bench.suites.registry import agent_spec, task_spec
+from scpo_bench.suites.registry import FILTER_PREFIX, agent_spec, check_pair, task_spec
 from scpo_bench.suites.schema import MAX_CELLS, Benchmarks, Suite, TaskEntry, Values
 
 _SHARED_FIELDS = sorted(TaskEntry.model_fields.keys() & Cell.model_fields.keys() - {"config"})
@@ -58,8 +58,11 @@ def cells(
 
 
 def _cell(entry: TaskEntry, agent: str, seed: int) -> Cell:
+    check_pair(agent, entry.id)
     fields = {name: getattr(entry, name) for name in _SHARED_FIELDS}
-    config = entry.config.get(agent, {})
+    # A filtered agent is configured as the agent behind the filter, unless it is itself.
+    inner = entry.config.get(agent.removeprefix(FILTER_PREFIX), {})
+    config = entry.config.get(agent, inner)
     return Cell(agent=agent, task=entry.id, seed=seed, config=config, **fields)
 
 

@@ -2,7 +2,8 @@
 
 An agent is an SB3 ``BaseAlgorithm`` or has the same interface (``contract.Agent``). Its name is
 one of those below, an entry point of the group ``scpo_bench.agents``, ``module:Class`` or
-``path/to/file.py:Class``. Nothing is imported before :func:`load_agent` is called.
+``path/to/file.py:Class``; with ``filtered:`` before it, a safety filter acts on its actions.
+Nothing is imported before :func:`load_agent` is called.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Any
 from scpo_bench.errors import UserError, nearest
 
 CUSTOM_PREFIX = "scpo_bench/"
+# filtered:NAME is the agent NAME behind a predictive safety filter (baselines/safety_filter.py).
+FILTER_PREFIX = "filtered:"
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,27 @@ class AgentSpec:
 _AGENTS = (
     AgentSpec(
         "scpo", "scpo_bench.scpo.agent:SCPO", "safe by certificate: projected updates", True, True
+    ),
+    AgentSpec(
+        "scpo-pointwise",
+        "scpo_bench.scpo.agent:PointwiseSCPO",
+        "SCPO, one constraint per start state and step",
+        True,
+        True,
+    ),
+    AgentSpec(
+        "scpo-certified",
+        "scpo_bench.scpo.agent:CertifiedSCPO",
+        "the same, deployed on the certificate alone",
+        True,
+        True,
+    ),
+    AgentSpec(
+        "scpo-proven",
+        "scpo_bench.scpo.agent:ProvenSCPO",
+        "SCPO in closed form, every policy proved",
+        True,
+        True,
     ),
     AgentSpec(
         "scpo-ppo", "scpo_bench.scpo.wrap:ProjectedPPO", "PPO with projected updates: any task"
@@ -112,6 +136,10 @@ def agents() -> dict[str, AgentSpec]:
 
 def agent_spec(name: str) -> AgentSpec:
     """The spec of a registered name, or of ``module:Class`` or ``file.py:Class``."""
+    if name.startswith(FILTER_PREFIX):
+        inner = agent_spec(name.removeprefix(FILTER_PREFIX))
+        summary = f"{inner.name} behind a safety filter"
+        return AgentSpec(name, inner.entry, summary, inner.needs_labels, needs_batched=True)
     known = agents()
     if name in known:
         return known[name]
@@ -124,6 +152,8 @@ def agent_spec(name: str) -> AgentSpec:
 
 def load_agent(name: str) -> type[Any]:
     """The agent's class (see ``contract.Agent``). Runs its module's code, which the user named."""
+    if name.startswith(FILTER_PREFIX):
+        return _filtered(name)
     entry = agent_spec(name).entry
     module_name, _, class_name = entry.rpartition(":")
     try:
@@ -138,6 +168,27 @@ def load_agent(name: str) -> type[Any]:
         problem = f"no class '{class_name}' in {module_name}{nearest(class_name, classes)}"
         raise UserError(f"agent '{name}': {problem}")
     return found
+
+
+def _filtered(name: str) -> type[Any]:
+    """The class of agent ``filtered:INNER``."""
+    from stable_baselines3.common.base_class import BaseAlgorithm
+
+    from scpo_bench.baselines.safety_filter import filtered
+
+    inner = load_agent(name.removeprefix(FILTER_PREFIX))
+    if not issubclass(inner, BaseAlgorithm):
+        raise UserError(f"agent '{name}': the filter needs an agent that is an SB3 BaseAlgorithm")
+    return filtered(inner)
+
+
+def check_pair(agent: str, task: str) -> None:
+    """Raise UserError if the agent cannot run on the task, as far as the names tell."""
+    if agent.startswith(FILTER_PREFIX) and not task.startswith(f"{CUSTOM_PREFIX}DoubleIntegrator"):
+        raise UserError(
+            f"agent '{agent}': the filter's model is that of the double integrator, and {task} is "
+            "another task"
+        )
 
 
 def _import(name: str) -> ModuleType:

@@ -32,12 +32,17 @@ def projection(k: int = 4, m: int = 16, repeats: int = 60) -> None:
     ours, theirs = [], []
     for _ in range(repeats):
         certificate = Certificate(
-            -rng.exponential(0.1, k), rng.normal(size=(k, m)), np.full(k, 1e-3), np.full(k, 5.0)
+            -rng.exponential(0.1, k),
+            rng.normal(size=(k, m)),
+            np.full((k, m), 1e-3),
+            np.full(k, 5.0),
+            np.eye(m),
         )
         target = rng.normal(size=m)
+        target /= max(1.0, np.linalg.norm(target))
         for times, call in ((ours, project), (theirs, reference)):
             began = time.perf_counter()
-            call(certificate, target, 1.0)
+            call(certificate, target)
             times.append(time.perf_counter() - began)
     a, b = statistics.median(ours) * 1e3, statistics.median(theirs) * 1e3
     best = min(ours) * 1e3
@@ -80,6 +85,9 @@ def update_share(updates: int = 10) -> None:
         seed=0,
         policy_kwargs={"backup": AffineBackup(*env.task.backup_gain())},
         learning_rate=0.3,
+        directions=64,
+        candidates=(),
+        probe_radius=1e-3,
     )
     agent.learn(32 * 30 * 3)
     evaluate, spent = agent.constraints.values, 0.0
