@@ -19,10 +19,10 @@ from scpo_bench.envs.harmful_regression import HarmfulRegressionTask, PaperRegre
 from scpo_bench.errors import UserError
 from scpo_bench.policies import AffineBackup, backup_of
 from scpo_bench.proofs.cells import cover, split
-from scpo_bench.proofs.enclosures import enclose
+from scpo_bench.proofs.enclosures import _tanh_derivatives, enclose
 from scpo_bench.proofs.invariance import check, margins
 from scpo_bench.proofs.plants import plant_of, problem
-from scpo_bench.proofs.policy import Policy, from_modules, rounding_error
+from scpo_bench.proofs.policy import EPS32, Policy, from_modules, rounding_error
 from scpo_bench.proofs.prove import prove
 from scpo_bench.proofs.trajectories import cells_safe, clip_enclosure, worst_values
 from scpo_bench.records.schema import Cell
@@ -198,6 +198,39 @@ def test_rounding_error_bounds_the_float32_network(kind, gate):
         assert off[value > 2.01 * policy.gate[1]].max() <= error
 
 
+def test_rounding_error_is_no_smaller_than_a_sum_may_be_off():
+    """The textbook bound of a dot product of h terms, in whatever order they are added."""
+    h = 100
+    hidden = ((np.full((h, 2), 1e-3), np.zeros(h)),)
+    policy = replace(network("tanh"), hidden=hidden, head=np.linspace(-1, 1, h))
+    assert rounding_error(policy, np.ones(2))[0] >= h * EPS32 * np.abs(policy.head).sum()
+
+
+def test_rounding_on_the_ramp_counts_on_the_ramp_only():
+    """Near the target a rounded V(x) moves the residual's share; beyond it the share is exactly 1.
+
+    A box that touches the ramp anywhere counts as on it.
+    """
+    subject = problem(plant_of(ImitationV1Task()), backup_policy(ImitationV1Task(), 0.5))
+    ends = np.sqrt(2 * 0.02)  # |y| where the ramp ends
+    y = np.array([[0.9 * ends, 0.0], [1.1 * ends, 0.0], [1.1 * ends, 0.0]])
+    errors = subject.errors(y, np.array([[0, 0], [0, 0], [0.15 * ends, 0]]))
+    whole = subject.error + subject.ramp_error
+    assert errors.tolist() == [whole, subject.error, whole]
+    assert subject.ramp_error > subject.error
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(-4, 4), st.floats(1e-3, 3))
+def test_derivatives_of_tanh_over_an_interval(z, d):
+    """The ranges of tanh' and tanh'', which have their extremes inside of intervals, are exact."""
+    first, second = _tanh_derivatives(np.array([z]), np.array([d]))
+    t = np.tanh(np.linspace(z - d, z + d, 20_001))
+    for (middle, radius), values in ((first, 1 - t * t), (second, 2 * t * (t * t - 1))):
+        assert middle[0] - radius[0] == pytest.approx(values.min(), abs=1e-6)
+        assert middle[0] + radius[0] == pytest.approx(values.max(), abs=1e-6)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.floats(-3, 3), st.floats(0, 4))
 def test_clip_enclosure(low, width):
@@ -318,17 +351,26 @@ def test_a_budget_too_small_decides_nothing(roaming):
     assert prove(problem(plant, roaming), acting(roaming), budget=10).status == "undecided"
 
 
-def test_trajectory_cells_hold_at_every_start(roaming):
-    """Every start of a cell that is called safe keeps the constraints."""
-    plant = plant_of(ImitationTask())
-    subject, rng = problem(plant, roaming), np.random.default_rng(0)
-    cells = split(cover(2, plant.start, 40), plant.start)[::7]
-    safe = cells_safe(subject, cells)
-    assert safe.any()
-    proved = cells[safe]
-    for _ in range(20):
-        y = proved.centre + rng.uniform(-1, 1, proved.centre.shape) * proved.half[:, None]
-        assert worst_values(subject, y).max() <= 0
+def test_trajectory_cells_hold_at_every_start():
+    """Every start of a cell that is called safe keeps the constraints, also near those that do not.
+
+    The policies are wild, and the cells as large as can be proved: what is missed by linear
+    enclosures decides.
+    """
+    plant, rng = plant_of(ImitationTask()), np.random.default_rng(0)
+    proved = 0
+    for seed in range(6):
+        subject = problem(plant, backup_policy(ImitationTask(), 2.0, seed))
+        for per_side in (40, 80):
+            cells = cover(2, plant.start, per_side)
+            cells = cells[cells_safe(subject, cells)]
+            proved += len(cells)
+            for _ in range(12):
+                d = rng.uniform(-1, 1, cells.centre.shape)
+                d = np.where(rng.uniform(size=d.shape) < 0.5, np.sign(d), d)
+                y = cells.centre + d * cells.half[:, None]
+                assert worst_values(subject, y).max(initial=-1) <= 0
+    assert proved > 3000
 
 
 @pytest.mark.parametrize("task", [HarmfulRegressionTask(), PaperRegressionTask()])
