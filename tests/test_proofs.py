@@ -457,7 +457,7 @@ def test_proven_mode_learns_and_every_step_is_proved(task, config):
     plant = plant_of(agent.env.task)
     assert check(problem(plant, describe(agent))).proved
     assert attack(plant, describe(agent), 5000) <= 0
-    assert agent.guard.held == 0
+    assert sum(agent.guard.held.values()) == 0
     assert agent.diagnostics["loss"] < 0.6 * float(np.mean(agent._data[1] ** 2))
     assert {"proposal_norm", "step_norm", "held", "cells", "cuts"} <= set(agent.diagnostics)
 
@@ -477,7 +477,7 @@ def test_a_step_without_proof_is_held(monkeypatch):
     monkeypatch.setattr(closed_form, "prove", lambda w: missing)
     agent.train()
     assert (agent.w == before).all()
-    assert agent.guard.held == agent.diagnostics["held"] == 1
+    assert agent.guard.held["recheck"] == agent.diagnostics["held"] == 1
 
 
 def test_proven_mode_is_deterministic_and_survives_saving(tmp_path):
