@@ -2,7 +2,8 @@
 
 An agent is an SB3 ``BaseAlgorithm`` or has the same interface (``contract.Agent``). Its name is
 one of those below, an entry point of the group ``scpo_bench.agents``, ``module:Class`` or
-``path/to/file.py:Class``; with ``filtered:`` before it, a safety filter acts on its actions. Nothing is imported before :func:`load_agent` is called.
+``path/to/file.py:Class``; with ``filtered:`` before it, a safety filter acts on its actions.
+Nothing is imported before :func:`load_agent` is called.
 """
 
 from __future__ import annotations
