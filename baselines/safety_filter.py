@@ -132,7 +132,10 @@ class SafetyFilter:
         )
 
     def __call__(self, observations: NDArray[Any], actions: NDArray[Any]) -> NDArray[Any]:
-        """The actions [n, 1] to be applied at ``observations`` [n, 2]; unchanged where safe."""
+        """The actions [n, 1] to be applied at ``observations`` [n, 2].
+
+        Safe ones within the action space are returned bit for bit.
+        """
         states = np.asarray(observations, dtype=np.float64)
         wanted = np.clip(actions[:, 0].astype(np.float64), -U_MAX_M_S2, U_MAX_M_S2)
         lowest, highest = np.empty(len(states)), np.empty(len(states))
@@ -143,7 +146,7 @@ class SafetyFilter:
         by_backup = np.clip(states @ backup().gain[0], -U_MAX_M_S2, U_MAX_M_S2)
         closest = np.where(planned, np.clip(wanted, lowest, highest), by_backup)
         change = np.abs(closest - wanted)
-        applied = np.where(change > 0, closest.astype(actions.dtype), actions[:, 0])[:, None]
+        applied = closest.astype(actions.dtype)[:, None]
 
         seen = self.interventions
         seen.steps += len(states)
@@ -237,13 +240,7 @@ def filtered(agent_class: type[BaseAlgorithm]) -> type[BaseAlgorithm]:
 
         @diagnostics.setter
         def diagnostics(self, values: dict[str, float]) -> None:
-            own = FILTER_DIAGNOSTICS
-            self.inner_diagnostics = {k: v for k, v in values.items() if k not in own}
+            self.inner_diagnostics = values
 
     Filtered.__name__ = Filtered.__qualname__ = f"Filtered{agent_class.__name__}"
     return Filtered
-
-
-FILTER_DIAGNOSTICS = frozenset(
-    name for prefix in ("", "evaluation_") for name in Interventions().summary(prefix)
-)

@@ -10,7 +10,12 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 import scpo_bench  # noqa: F401 - registers the tasks
 from scpo_bench.baselines import safety_filter
-from scpo_bench.baselines.safety_filter import SafetyFilter, admissible_inputs, filtered
+from scpo_bench.baselines.safety_filter import (
+    FilteredVecEnv,
+    SafetyFilter,
+    admissible_inputs,
+    filtered,
+)
 from scpo_bench.checks.conformance import Trivial
 from scpo_bench.envs import double_integrator_control as control
 from scpo_bench.envs.double_integrator_v1 import ImitationV1Task
@@ -255,9 +260,21 @@ def test_training_counts_every_step_once():
     agent.learn(8 * 20 * 6)
     assert agent.env.filter.interventions.steps == 8 * 20 * 6
     assert agent._evaluation.interventions.steps == 0
-    agent.predict(np.zeros((8, 2), np.float32), deterministic=True)
-    assert agent._evaluation.interventions.steps == 8
+    for _ in range(2):  # the second is no continuation of the first: only the last ones count
+        agent.predict(np.full((8, 2), 0.3, np.float32), deterministic=True)
+        assert agent._evaluation.interventions.steps == 8
     assert agent.env.filter.interventions.steps == 8 * 20 * 6
+
+
+def test_a_reset_starts_the_plans_anew():
+    """In the middle of an episode too: what is left of it is then the whole horizon."""
+    env = FilteredVecEnv(native(2))
+    env.reset()
+    for _ in range(5):
+        env.step(np.zeros((2, 1), np.float32))
+    assert env.filter._step.tolist() == [5, 5]
+    env.reset()
+    assert env.filter._step.tolist() == [0, 0]
 
 
 def test_environments_that_are_stepped_one_by_one():
