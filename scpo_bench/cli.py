@@ -350,8 +350,7 @@ def falsify(
     if report.counterexample is not None:
         counterexample.save(report.counterexample, Path(f"{stem}.json"))
         typer.echo(f"counterexample: {stem}.json, which --replay repeats")
-    for text in search.report_lines(report):
-        typer.echo(text)
+    typer.echo("\n".join(search.report_lines(report)))
     if report.falsified:
         raise typer.Exit(1)
 
@@ -362,8 +361,7 @@ def prove(
 ) -> None:
     """Prove every policy of a run safe from every start state, or find one that is not.
 
-    The run is repeated; the result is written to proof.json in its folder. Tasks: the double
-    integrator's and the regressions. Exit status 1: not all are proved.
+    Repeats the run and writes proof.json into its folder. Exit status 1: not all are proved.
     """
     from rich.progress import Progress
 
@@ -374,14 +372,12 @@ def prove(
         proof = prove_run(run, bar)
     write_proof(run, proof)
     typer.echo(f"{run}: " + "\n".join(proof_lines(proof)))
-    if proof.proved < proof.distinct:
-        raise typer.Exit(1)
+    raise typer.Exit(int(proof.proved < proof.distinct))
 
 
 @app.command()
 def doctor() -> None:
     """Versions, what is missing, and how to get it."""
-
     from scpo_bench.runs.provenance import describe_environment
 
     rows = describe_environment()

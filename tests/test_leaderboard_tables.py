@@ -151,6 +151,8 @@ def made_up(
             "score_kind": "return",
             "final_violates": violates,
             "violating_iterates": violates,
+            "proved_policies": math.nan,
+            "examined_policies": math.nan,
             **fields,
         }
         rows.append(
@@ -184,6 +186,8 @@ def test_every_column_by_hand():
         final_violates=[0.0, 1.0, math.nan],
         violating_iterates=[0.0, 2.0, 4.0],
         evaluated_iterates=[10.0, 10.0, 4.0],
+        proved_policies=[3.0, 1.0, math.nan],
+        examined_policies=[3.0, 4.0, math.nan],
         first_violating_update=[never, 7.0, 3.0],
         first_violating_step=[never, 70.0, 35.0],
         safe_from_update=[0.0, never, 9.0],
@@ -218,6 +222,7 @@ def test_every_column_by_hand():
         **{"cost_final_low": 6 - half, "cost_final_high": 6 + half, "cost_final_ratio": 0.6},
         **{"cost_training": 3.0, "feasible_seeds": 1, "feasible_share": 1 / 3},
         **{"violating_iterates": 6, "evaluated_iterates": 24, "violating_iterate_share": 0.25},
+        **{"proved_policies": 4.0, "examined_policies": 7.0, "seeds_with_proof": 2},
         **{"seeds_that_violated": 2, "first_violating_update": 3.0, "first_violating_step": 35.0},
         **{"first_violating_update_median": 7.0, "safe_from_update_median": 9.0},
         **{"longest_violating_run": 2.0, "worst_iterate_value": 0.5, "worst_training_value": 0.7},
@@ -239,6 +244,7 @@ def test_every_column_by_hand():
         assert row[f"{name}_low"] <= row[name] <= row[f"{name}_high"], name
     by_name = {column.name: column for column in COLUMNS}
     assert cell_text(by_name["cost_final"], row) == "6 [0, 31.4]"  # costs are not negative
+    assert cell_text(by_name["proved_policies"], row) == "4/7 (2 of 3 seeds)"
 
 
 def test_overlapping_intervals_are_a_tie_but_not_a_chain():

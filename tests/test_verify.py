@@ -677,7 +677,7 @@ def test_truncated_and_headless_archives(results, tmp_path):
         one_line(cut)
     # A whole .gz of a part of the archive.
     data = gzip.decompress(whole.read_bytes())
-    cut.write_bytes(gzip.compress(data[: len(data) // 2]))
+    cut.write_bytes(gzip.compress(data[:700]))  # within the first file
     assert "unexpected end of data" in one_line(cut)
     path = archive_of(tmp_path / "c.tar.gz", [(member("s/run.json"), b"{}")])
     assert "has no manifest.json" in one_line(path)

@@ -15,7 +15,9 @@ from typing import Any
 
 import pandas as pd
 
-from scpo_bench.leaderboard.ranking import NO_RESULT, VERDICTS, verdict_of
+from scpo_bench.leaderboard import cells
+from scpo_bench.leaderboard.cells import Row
+from scpo_bench.leaderboard.ranking import VERDICTS, verdict_of
 from scpo_bench.leaderboard.statistics import (
     PRELIMINARY_BELOW,
     censored_quantile,
@@ -23,10 +25,7 @@ from scpo_bench.leaderboard.statistics import (
     mean_interval,
     wilson,
 )
-from scpo_bench.leaderboard.text import UNKNOWN, count, interval, number, percent, printable, share
-
-Row = dict[str, Any]
-"""One row of the leaderboard: the raw value of every column under its name."""
+from scpo_bench.leaderboard.text import count, number, printable, share
 
 
 class Group:
@@ -106,74 +105,6 @@ def shown(rows: Sequence[Row]) -> list[Column]:
         for column in COLUMNS
         if column.heading and (column.when is None or any(map(column.when, rows)))
     ]
-
-
-# How cells are shown.
-
-
-def _has_objective(row: Row) -> bool:
-    return bool(row["score_kind"] != "return")
-
-
-def _has_none(row: Row) -> bool:
-    return not _has_objective(row)
-
-
-def _final(row: Row, name: str) -> float:
-    # Where nothing finished there is only the floor, which is no result of this agent.
-    return math.nan if row["verdict"] == NO_RESULT else row[name]
-
-
-def _rank(row: Row) -> str:
-    return UNKNOWN if row["verdict"] == NO_RESULT else f"{row['rank']}{'=' * row['tied']}"
-
-
-def _objective(row: Row) -> str:
-    return f"{number(row['objective_start'])} → {number(_final(row, 'objective_final'))}"
-
-
-def _gap_closed(row: Row) -> str:
-    ends = row["gap_closed_low"], row["gap_closed_high"]
-    return interval(_final(row, "gap_closed"), *ends, percent)
-
-
-def _return(row: Row) -> str:
-    ends = row["return_final_low"], row["return_final_high"]
-    return f"{number(row['return_start'])} → {interval(_final(row, 'return_final'), *ends)}"
-
-
-def _cost(row: Row) -> str:
-    low = row["cost_final_low"]  # Student's interval does not know that costs are not negative
-    return interval(row["cost_final"], 0.0 if low < 0 else low, row["cost_final_high"])
-
-
-def _iterates(row: Row) -> str:
-    if not row["evaluated_iterates"]:
-        return UNKNOWN
-    counts = f"{row['violating_iterates']}/{row['evaluated_iterates']}"
-    return f"{counts} {share(row['violating_iterate_share'])}"
-
-
-def _policies(row: Row) -> str:
-    if not row["distinct_policies"]:
-        return UNKNOWN
-    return f"{row['violating_policies']}/{row['distinct_policies']}"
-
-
-def _has_proof(row: Row) -> bool:
-    return not math.isnan(row["examined_policies"])
-
-
-def _proved(row: Row) -> str:
-    if not _has_proof(row):
-        return UNKNOWN
-    text = f"{number(row['proved_policies'])}/{number(row['examined_policies'])}"
-    few = row["seeds_with_proof"] < row["seeds_planned"]
-    return f"{text} ({row['seeds_with_proof']} of {row['seeds_planned']} seeds)" if few else text
-
-
-def _of_planned(name: str) -> Callable[[Row], str]:
-    return lambda row: f"{row[name]}/{row['seeds_planned']}"
 
 
 # How columns are computed.
@@ -272,7 +203,7 @@ COLUMNS: tuple[Column, ...] = (
     _field("suite", "text", "suite that the runs belong to"),
     _field("task", "text", "Gymnasium id"),
     Column("rank", "", "by verdict, then by score; equal where intervals overlap", None).headed(
-        "#", _rank
+        "#", cells.rank
     ),
     Column("tied", "yes or no", "another row has the same rank", None),
     _field("agent", "text", "agent; #xxxx tells two set-ups of one agent apart").headed("agent"),
@@ -280,7 +211,7 @@ COLUMNS: tuple[Column, ...] = (
     Column("seeds_planned", "seeds", "seeds planned or recorded", lambda g: len(g.runs)),
     _with_status(
         "seeds_finished", "seeds that finished with a consistent record", "finished"
-    ).headed("seeds", _of_planned("seeds_finished")),
+    ).headed("seeds", cells.of_planned("seeds_finished")),
     _with_status("seeds_failed", "seeds whose run raised an error", "failed"),
     _with_status(
         "seeds_unfinished", "seeds interrupted or still running", "interrupted", "running"
@@ -294,18 +225,18 @@ COLUMNS: tuple[Column, ...] = (
     *_ends("score", "", "bootstrap"),
     _median("objective_start", "", "objective loss of the start policy", "start_objective"),
     _median("objective_final", "", "objective loss of the final iterate", "final_objective").headed(
-        "objective\nstart → final", _objective, _has_objective
+        "objective\nstart → final", cells.objective, cells.has_objective
     ),
     _estimate(
         "gap_closed",
         "share",
         "share of the gap from backup to oracle that is closed, IQM over seeds",
-    ).headed("% of gap\nclosed", _gap_closed, _has_objective),
+    ).headed("% of gap\nclosed", cells.gap_closed, cells.has_objective),
     *_ends("gap_closed", "share", "bootstrap"),
     _median("gap_closed_median", "share", "share of the gap closed", "gap_closed"),
     _median("return_start", "", "return of the start policy", "start_return"),
     _estimate("return_final", "", "return of the final iterate, IQM over seeds").headed(
-        "return\nstart → final", _return, _has_none
+        "return\nstart → final", cells.returns, cells.has_none
     ),
     *_ends("return_final", "", "bootstrap"),
     _median(
@@ -319,7 +250,7 @@ COLUMNS: tuple[Column, ...] = (
     ),
     _estimate(
         "cost_final", "cost", "cost per episode of the final iterate, mean over finished seeds"
-    ).headed("final cost", _cost, _has_none),
+    ).headed("final cost", cells.cost, cells.has_none),
     *_ends("cost_final", "cost", "Student"),
     Column("cost_final_ratio", "", "cost_final / d", lambda g: _ratio(g.cost_final.value, g.limit)),
     _median("cost_training", "cost", "cost of the last collected episodes", "final_training_cost"),
@@ -332,12 +263,12 @@ COLUMNS: tuple[Column, ...] = (
     _estimate("feasible_share", "share", "feasible seeds / planned seeds"),
     *_ends("feasible_share", "share", "Wilson"),
     _total("violating_iterates", "iterates", "evaluated iterates that violate").headed(
-        "violating\niterates", _iterates
+        "violating\niterates", cells.iterates
     ),
     _total("evaluated_iterates", "iterates", "evaluated iterates"),
     _share("violating_iterate_share", "violating_iterates", "evaluated_iterates"),
     _total("violating_policies", "policies", "evaluated iterates that violate and differ").headed(
-        "violating\npolicies", _policies
+        "violating\npolicies", cells.policies
     ),
     _total("distinct_policies", "policies", "evaluated iterates that differ in their evaluation"),
     _total("held_updates", "updates", "updates after which the evaluation is the same as before"),
@@ -346,7 +277,7 @@ COLUMNS: tuple[Column, ...] = (
         "held_early_share", "share", "share held until the objective is within 1 % of its end"
     ),
     _known("proved_policies", "policies", "of these, proved safe from every start").headed(
-        "proved safe\n(all starts)", _proved, _has_proof
+        "proved safe\n(all starts)", cells.proved, cells.has_proof
     ),
     _known("examined_policies", "policies", "distinct policies of runs that `prove` examined"),
     Column(
@@ -357,7 +288,7 @@ COLUMNS: tuple[Column, ...] = (
     ),
     Column(
         "seeds_that_violated", "seeds", "seeds with a violating iterate", _seeds_that_violated
-    ).headed("seeds\nthat\nviolate", _of_planned("seeds_that_violated")),
+    ).headed("seeds\nthat\nviolate", cells.of_planned("seeds_that_violated")),
     _earliest(
         "first_violating_update", "update", "first update that violates; never if none does"
     ).headed("first\nat\nupdate"),
@@ -378,12 +309,12 @@ COLUMNS: tuple[Column, ...] = (
     ),
     _largest("longest_violating_run", "iterates", "consecutive violating iterates"),
     _largest("worst_iterate_value", "", "constraint value of an evaluated iterate").headed(
-        "worst\nvalue", when=_has_objective
+        "worst\nvalue", when=cells.has_objective
     ),
     _largest("worst_training_value", "", "constraint value in training"),
     _mean(
         "updates_over_limit_share", "share", "updates with C_k > d, of those with finished episodes"
-    ).headed("updates\nover\nlimit", when=_has_none),
+    ).headed("updates\nover\nlimit", when=cells.has_none),
     _total("training_episodes", "episodes", "episodes finished in training"),
     _total("violating_episodes", "episodes", "of these, episodes with cost > d"),
     _share("violating_episode_share", "violating_episodes", "training_episodes").headed(
