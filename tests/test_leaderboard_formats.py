@@ -183,7 +183,7 @@ def test_text_from_records_is_escaped(tmp_path):
     markdown = render(table, "md")
     assert "<script" not in markdown
     body = [line for line in markdown.splitlines() if line.startswith("|")]
-    assert {line.replace("\\|", "").count("|") for line in body} == {13}
+    assert {line.replace("\\|", "").count("|") for line in body} == {14}
     latex = render(table, "latex")
     assert "\\$\\%\\#\\{\\}" in latex
     assert "alert(1)\\textless" in latex

@@ -250,3 +250,37 @@ def test_committed_references_are_readable():
     """The constants that come with the package give every task a gap to close."""
     for task, entry in load_references().items():
         assert entry["backup"] > entry["oracle"], task
+
+
+def test_held_updates_and_distinct_policies_by_hand():
+    """Equal evaluations are one policy: a run that stands still shows few policies, not many.
+
+    Objectives 0.8 (start), 0.5, 0.5, 0.2, 0.5, 0.2, 0.2: two distinct policies after the start, of
+    which that at 0.5 violates; the second and the last update hold. The objective stays at its end
+    from the fifth update on: one of the four before was held.
+    """
+    objectives = [0.8, 0.5, 0.5, 0.2, 0.5, 0.2, 0.2]
+    metrics = measure(
+        [
+            update(
+                k,
+                iterate_return=-objective,
+                iterate_cost=0.0,
+                iterate_objective=objective,
+                iterate_violates=objective == 0.5,
+            )
+            for k, objective in enumerate(objectives)
+        ],
+        10.0,
+    )
+    assert (metrics.distinct_policies, metrics.violating_policies) == (2, 1)
+    assert (metrics.violating_iterates, metrics.held_updates) == (3, 2)
+    assert metrics.held_early_share == pytest.approx(1 / 4)
+
+
+def test_a_policy_that_returns_to_the_start_is_not_counted_as_new():
+    """The start policy is what runs are compared with, in any update."""
+    same = {"iterate_return": 1.0, "iterate_cost": 0.0}
+    metrics = measure([update(0, **same), update(1, **same)], 10.0)
+    assert (metrics.distinct_policies, metrics.held_updates) == (0, 1)
+    assert math.isnan(metrics.held_early_share)  # no objective

@@ -435,3 +435,66 @@ def test_options_that_do_not_go_with_pointwise_constraints_are_refused(config, f
     """Adaptive L is one per constraint for good; safe probes need one normal per constraint."""
     with pytest.raises(UserError, match=f"{field}: expected"):
         make(SCPO, pointwise=True, **config)
+
+
+# ---- start states beside the fixed ones
+
+
+def pointwise(fresh, kept=4, alarming=-0.5, starts=16, seed=0):
+    """(constraints on imitation, parameters of a policy) with start states that are drawn."""
+    agent = make(PointwiseSCPO, task=IMITATION, evaluation_starts=starts)
+    rollouts = agent.constraints._rollouts
+    rollouts._starts = tuple(component[:starts] for component in rollouts._starts)
+    rollouts.starts = starts
+    constraints = Pointwise(
+        rollouts, active=0, kept=kept, fresh=fresh, alarming=alarming, seed=seed
+    )
+    return constraints, np.zeros(agent.space.dimension)
+
+
+def test_fresh_starts_depend_on_seed_and_update_alone():
+    """The same run draws the same start states: without that, no record could be repeated."""
+    drawn = []
+    for seed, updates in ((0, (1, 2)), (0, (1, 2)), (1, (1, 2))):
+        constraints, w = pointwise(fresh=16, seed=seed)
+        g = constraints.begin_update(0, w, None)
+        for update in updates:
+            g = constraints.begin_update(update, w, g)
+        drawn.append(np.stack(constraints.state[:2]))
+        assert g == pytest.approx(constraints.evaluate(w))  # what it says of the new starts is true
+    assert (drawn[0] == drawn[1]).all()
+    assert (drawn[0][:, -16:] != drawn[2][:, -16:]).all()
+
+
+def test_an_alarming_start_is_kept_and_the_fixed_ones_stay():
+    """From the fresh starts with the largest values; below the alarm none is kept."""
+    for alarming, replaced in ((-2.0, True), (0.0, False)):
+        constraints, w = pointwise(fresh=16, alarming=alarming)
+        before = np.stack(constraints.state[:2])
+        g = constraints.begin_update(1, w, constraints.begin_update(0, w, None))
+        after = np.stack(constraints.state[:2])
+        assert (after[:, :16] == before[:, :16]).all()
+        assert (after[:, 16:20] != before[:, 16:20]).any() == replaced
+        assert set(constraints.changed // (len(g) // 36)) >= set(range(20, 36))
+
+
+def test_neighbours_that_part_are_searched_between():
+    """A policy that turns round at a narrow strip of starts: the drawn starts close in on it."""
+    constraints, w = pointwise(fresh=64, starts=64)
+    rollouts = constraints._rollouts
+
+    def strip(w, starts=None):
+        """One bound per start: safe on both sides of p = 0.0123, violated within 1e-3 of it."""
+        states = starts if isinstance(starts, tuple) else rollouts.start_states
+        p = np.asarray(states[0]) - 0.0123
+        if not isinstance(starts, tuple) and starts is not None:
+            p = p[starts]
+        side = np.stack([np.where(p > 0, -0.9, -0.1), np.where(p > 0, -0.1, -0.9)], axis=-1)
+        side[np.abs(p) < 1e-3] = 0.5
+        return side.reshape(1, -1)
+
+    rollouts.bounds, constraints._per_start = strip, 2
+    g = strip(w)[0]
+    assert g.max() < 0  # none of the fixed starts shows it
+    found = max(constraints.begin_update(1, w, g).max(), constraints.begin_update(2, w, g).max())
+    assert found > 0

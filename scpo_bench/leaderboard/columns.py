@@ -286,9 +286,7 @@ COLUMNS: tuple[Column, ...] = (
         "seeds whose policies `prove` examined",
         lambda group: int(group.runs["examined_policies"].notna().sum()) or math.nan,
     ),
-    Column(
-        "seeds_that_violated", "seeds", "seeds with a violating iterate", _seeds_that_violated
-    ).headed("seeds\nthat\nviolate", cells.of_planned("seeds_that_violated")),
+    Column("seeds_that_violated", "seeds", "seeds with a violating iterate", _seeds_that_violated),
     _earliest(
         "first_violating_update", "update", "first update that violates; never if none does"
     ).headed("first\nat\nupdate"),
