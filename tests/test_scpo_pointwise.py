@@ -480,7 +480,7 @@ def test_an_alarming_start_is_kept_and_the_fixed_ones_stay():
 
 def test_neighbours_that_part_are_searched_between():
     """A policy that turns round at a narrow strip of starts: the drawn starts close in on it."""
-    constraints, w = pointwise(fresh=64, starts=64)
+    constraints, w = pointwise(fresh=64, starts=64, seed=1)
     rollouts = constraints._rollouts
 
     def strip(w, starts=None):
