@@ -32,6 +32,8 @@ TASKS = (
     "scpo_bench/DoubleIntegratorImitation-v1",
     "scpo_bench/DoubleIntegratorDiverging-v1",
 )
+# Times --steps: shorter searches end above what safe learners reach there.
+LONGER = {"scpo_bench/DoubleIntegratorDiverging-v1": 2}
 FITTED, HELD_OUT = 1, 2  # branches of a seed: starts to optimise on, starts to evaluate on
 
 
@@ -177,7 +179,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if isinstance(task, PaperRegressionTask):  # known exactly
             runs = [_evaluate(task, _ClippedLabel(task), 0)]
         else:
-            runs = [oracle_value(task, arguments.steps, seed) for seed in range(arguments.restarts)]
+            steps = arguments.steps * LONGER.get(task_id, 1)
+            runs = [oracle_value(task, steps, seed) for seed in range(arguments.restarts)]
         entry["oracle"], entry["oracle_worst"] = min(run for run in runs if run[1] <= 0)
         if isinstance(task, RegulationTask):
             entry["mpc"], entry["mpc_worst"] = mpc_value(task)
