@@ -98,25 +98,24 @@ def test_a_verdict_that_does_not_follow_is_inconsistent(tmp_path, limit):
 
 def test_show_answers_whether_an_update_violates():
     """Collection, evaluation, verdict with its rule, certificate and diagnostics of one update."""
-    found = rows(show(SCPO, 17))
-    assert found["update"].startswith("17 of 300, 16320 steps, 9968640 probe steps, 0 violating")
-    assert found["collected"].startswith("960 steps by the policy of update 16 0 steps with cost")
-    assert "32 episodes ended, 0 with cost > 0; mean return -26.0157" in found["collected"]
-    assert found["evaluated"].startswith("return -24.4697, cost 0, worst constraint value -0.05335")
+    found = rows(show(SCPO, 18))
+    assert found["update"].startswith("18 of 300, 17280 steps, 860160 probe steps, 14 violating")
+    assert found["collected"].startswith("960 steps by the policy of update 17 0 steps with cost")
+    assert "32 episodes ended, 0 with cost > 0; mean return -29.8401" in found["collected"]
+    assert found["evaluated"].startswith("return -30.1173, cost 0, worst constraint value -0.07648")
     assert "on 1000 held-out episodes" in found["evaluated"]
     assert found["verdict"] == (
-        "does not violate: worst constraint value -0.0533578 <= 0 "
+        "does not violate: worst constraint value -0.0764873 <= 0 "
         "(limit 0: any violated constraint value counts)"
     )
     assert re.search(
-        r"terminal bound -0.0152056 realised -0.0172751 L 352.102( velocity|$)",
-        found["certificate"],
+        r"position bound -0.1661 realised -0.1661 L 0.01( terminal|$)", found["certificate"]
     )
     assert (
-        "velocity bound -0.020942 realised -0.0207716 L 89.7004 above its bound"
+        "terminal bound -0.0191423 realised -0.0191087 L 9.28204 above its bound"
         in found["certificate"]
     )
-    assert "loss=0.0426718" in found["diagnostics"]
+    assert "loss=0.0678254" in found["diagnostics"]
 
 
 def test_show_names_the_rule_that_was_violated(tmp_path):
