@@ -244,7 +244,8 @@ def test_processes_of_an_interrupted_command_record_it(tmp_path, agents_file, se
     cell = other(agent=f"{agents_file}:Sleeping")
     command = start_command(tmp_path, [cell, cell.model_copy(update={"seed": 2})], 2)
     folder = run_folder(tmp_path / "results", "s", cell)
-    wait_until((tmp_path / "asleep").exists)
+    # Either of the two may be asleep first; the one that is looked at has to have begun.
+    wait_until(lambda: (tmp_path / "asleep").exists() and (folder / "run.json").exists())
     if sent == "SIGKILL to the parent":
         command.kill()
     else:
