@@ -499,3 +499,24 @@ def test_neighbours_that_part_are_searched_between():
     for update in range(1, 4):
         g = constraints.begin_update(update, w, g)
     assert g.max() > 0
+
+
+def test_what_was_learned_of_replaced_starts_is_forgotten(monkeypatch):
+    """A reused model must not certify by the slopes of a start state that is no longer there."""
+    constraints, w = pointwise(fresh=16, alarming=-2.0)
+    config = {"smoothness": "sampled", "directions": 4096, "probe_radius": 1e-3, "reuse": 1e9}
+    guard, rng = Guard(GuardConfig(**config)), np.random.default_rng(0)
+    w = guard.update(w, lambda: np.full(len(w), 1e-4), constraints, rng).w
+    before, seen = guard._model, []
+    assert before is not None
+    guard.smoothness._scale[:] = 3.0
+    monkeypatch.setattr(guard, "_project", lambda w, g, *_: seen.append((guard._model, g)))
+    guard.update(w, lambda: np.zeros(len(w)), constraints, rng)
+    ((model, g),) = seen
+    replaced = np.intersect1d(before.rows, constraints.changed)
+    assert len(replaced) > 0
+    assert set(model.rows) == set(before.rows) - set(constraints.changed)
+    assert len(model.slopes) == len(model.curvatures) == len(model.rows)
+    assert (model.values[constraints.changed] == g[constraints.changed]).all()
+    assert (guard.smoothness._scale[constraints.changed] == 1.0).all()
+    assert (guard.smoothness._scale[model.rows] == 3.0).all()
