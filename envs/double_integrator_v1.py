@@ -49,6 +49,7 @@ class ImitationV1Task(ImitationTask):
         if not (isinstance(starts, int | np.integer) and starts >= 0):
             raise ValueError(f"starts: expected a whole number of states >= 0, got {starts!r}")
         self.starts = int(starts)
+        self.convex_starts = self.starts == 0
 
     def _fixed(self) -> Components:
         """The fixed initial states, evenly spaced in angle on the boundary of the start set."""

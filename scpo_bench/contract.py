@@ -129,6 +129,8 @@ class BatchedTask:
         One name per constraint; a value > 0 violates it.
     objective_name:
         What ``info["objective_loss"]`` measures (lower is better).
+    convex_starts:
+        Whether a state between two start states is one, too.
     """
 
     observation_space: gym.spaces.Box
@@ -137,6 +139,7 @@ class BatchedTask:
     constraint_horizon: int
     constraint_names: tuple[str, ...]
     objective_name: str
+    convex_starts: bool = True
 
     def sample_starts(self, n: int, rng: np.random.Generator) -> Components:
         """n start states from the task's start distribution. Each component: [n]."""

@@ -16,7 +16,7 @@ from test_projection import reference
 import scpo_bench  # noqa: F401 - registers the tasks
 from scpo_bench.contract import ProbeMeter
 from scpo_bench.errors import UserError
-from scpo_bench.policies import AffineBackup
+from scpo_bench.policies import AffineBackup, backup_of
 from scpo_bench.runs.environments import NativeVecEnv
 from scpo_bench.scpo import certified_step, projection
 from scpo_bench.scpo.agent import SCPO, PointwiseSCPO
@@ -499,6 +499,31 @@ def test_neighbours_that_part_are_searched_between():
     for update in range(1, 4):
         g = constraints.begin_update(update, w, g)
     assert g.max() > 0
+
+
+def test_states_between_fixed_initial_states_are_not_searched():
+    """With fixed initial states, the ones between them are no starts: they are not certified."""
+    env = gym.make_vec(
+        "scpo_bench/DoubleIntegratorImitation-v1",
+        num_envs=8,
+        vectorization_mode="vector_entry_point",
+        starts=300,
+    )
+    kwargs = {"backup": backup_of(env.unwrapped.task)}
+    agent = PointwiseSCPO("MlpPolicy", NativeVecEnv(env), seed=0, policy_kwargs=kwargs)
+    agent.learn(240 * 3)
+    admissible = np.stack(env.unwrapped.task.design_starts(300), axis=-1)
+    states = np.stack(agent.constraints.state[:2], axis=-1)
+    distance = np.linalg.norm(states[:, None] - admissible, axis=-1).min(axis=1)
+    assert distance.max() < 1e-12
+    assert agent.guard.updates == 3
+
+
+def test_fewer_starts_than_neighbours():
+    """Two start states in all: each has one neighbour to search towards."""
+    constraints, w = pointwise(fresh=1, kept=0, starts=1)
+    g = constraints.begin_update(1, w, constraints.begin_update(0, w, None))
+    assert np.isfinite(g).all()
 
 
 def test_what_was_learned_of_replaced_starts_is_forgotten(monkeypatch):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
@@ -24,7 +24,6 @@ from scpo_bench.runs.agents import make_agent
 from scpo_bench.runs.environments import make_training_env
 from scpo_bench.scpo.agent import SCPO
 from scpo_bench.scpo.bank import DirectionMemory, orthonormal_bank
-from scpo_bench.scpo.certified_step import Objective
 from scpo_bench.scpo.constraints import Constraints, Exact
 from scpo_bench.scpo.guard import Decision, Guard
 from scpo_bench.scpo.guard_config import GuardConfig
@@ -74,9 +73,8 @@ class _WatchingGuard(Guard):
         w: Floats,
         propose: Callable[[], Floats],
         constraints: Constraints,
-        rng: np.random.Generator,
-        cost_gradients: Sequence[Floats] = (),
-        objective: Objective | None = None,
+        *rest: Any,
+        **named: Any,
     ) -> Decision:
         memory = self.memory or DirectionMemory.empty(len(constraints.names), len(w))
 
@@ -85,7 +83,7 @@ class _WatchingGuard(Guard):
             self.visits.append(Visit(self.updates, w, proposal, memory))
             return proposal
 
-        return super().update(w, watched, constraints, rng, cost_gradients, objective)
+        return super().update(w, watched, constraints, *rest, **named)
 
 
 # ---- subjects

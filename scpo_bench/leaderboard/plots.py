@@ -143,7 +143,10 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
         axes.annotate(name, (1.0, value), color=color, va="center", fontsize=8, **place)
     axes.set(ylim=(low, high), xlim=panel.x_bounds, ylabel=panel.y_label, xlabel=panel.x_label)
     axes.set_title(panel.title, loc="left")
-    axes.set_title(panel.note, loc="right", fontsize=8, color="#555555")
+    if panel.note:
+        # Below the upper edge that it speaks of: beside a long title there is no room.
+        inside: dict[str, Any] = {"transform": axes.transAxes, "ha": "right", "va": "top"}
+        axes.text(0.99, 0.98, panel.note, fontsize=8, color="#555555", **inside)
     axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
 
 

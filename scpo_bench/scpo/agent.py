@@ -24,6 +24,7 @@ from scpo_bench.scpo.bank import Candidate
 from scpo_bench.scpo.certified_step import Objective
 from scpo_bench.scpo.closed_form import ClosedForm, ProvenGuard
 from scpo_bench.scpo.constraints import RolloutConfig
+from scpo_bench.scpo.estimation import Evidence
 from scpo_bench.scpo.evaluation import constraints_from
 from scpo_bench.scpo.gradient_descent import GradientDescent, GradientDescentConfig
 from scpo_bench.scpo.guard import Guard
@@ -119,6 +120,7 @@ class SCPO(GradientDescent):
         self._constraints: Any = None  # Constraints, or a ClosedForm in mode `proven`
         # Of pointwise constraints, for when the agent is loaded.
         self._pointwise_state: tuple[Floats, ...] | None = None
+        self._evidence = Evidence()  # of noisy constraints
         super().__init__(policy, env, **kwargs)
         proven = self.config.mode == "proven"
         self.guard: Guard | ProvenGuard = ProvenGuard() if proven else Guard(self.config)
@@ -149,7 +151,9 @@ class SCPO(GradientDescent):
                 config.constraint_noise,
                 self.seed or 0,
             )
-            self._constraints = constraints_from(rollouts, config, config, self.seed or 0)
+            self._constraints = constraints_from(
+                rollouts, config, config, self.seed or 0, self._evidence
+            )
             if isinstance(self._constraints, Pointwise) and self._pointwise_state is not None:
                 self._constraints.state = self._pointwise_state
         return self._constraints

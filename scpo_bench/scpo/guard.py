@@ -77,19 +77,18 @@ class Guard:
         self.smoothness: Smoothness | None = None
         self.memory: DirectionMemory | None = None
         self.updates = 0
-        self.exceeded = 0  # certified steps after which some g_i was above gbar_i
-        self.breaches = (
-            0  # of these, where it was also above what the step was certified to keep to
-        )
+        # Certified steps after which some g_i was above gbar_i; of these, where it was also above
+        # what the step was certified to keep to.
+        self.exceeded = self.breaches = 0
         self.held = dict.fromkeys(get_args(Held), 0)  # updates that stayed, by reason
         self.recoveries = 0  # updates that returned to an earlier policy
         self.learned_margin = 0.0  # beside the configured one; grows with recoveries
         self.recovery_radius = recovery.FIRST_RADIUS  # of the next step from an unsafe start
         self.verified: list[recovery.Verified] = []  # policies to return to, the newest last
         self._model: LocalModel | None = None  # which the next update may use again
+        self._age = 0  # updates that it has served
         self._idle = 0  # updates held since the last step
         self._stayed_for: Held = "converged"  # why the last one was
-        self._age = 0  # updates that it has served
         self._last_length = np.inf  # of the last step; halved for each update without one
         self._trust = config.trust_radius
 

@@ -98,18 +98,19 @@ class Pointwise:
     def _draw(self, w: Floats, values: Floats, update: int) -> tuple[list[Floats], Floats]:
         """(fresh start states, one array per component; their values [fresh, P]).
 
-        The first quarter is sampled. The others halve, LEVELS times, the distance between those
-        neighbouring starts whose values differ most: where trajectories part, a violation may hide
-        between two starts that are safe.
+        The first quarter is sampled; all are, where a state between two starts is none. The others
+        halve, LEVELS times, the distance between those neighbouring starts whose values differ
+        most: where trajectories part, a violation may hide between two starts that are safe.
         """
         rng = np.random.default_rng(np.random.SeedSequence([self._seed, update]))
-        pairs = 3 * self._fresh // (4 * LEVELS)
+        pairs = 3 * self._fresh // (4 * LEVELS) if self._rollouts.convex_starts else 0
         sampled = self._rollouts.sample_states(self._fresh - pairs * LEVELS, rng)
         states = [np.stack(sampled, axis=-1)]
         drawn = [self._values(w, states[0])]
         known = np.stack(self._rollouts.start_states, axis=-1)
-        near = np.asarray(cKDTree(known).query(known, NEIGHBOURS + 1)[1])[:, 1:]
-        first, second = np.repeat(np.arange(len(known)), NEIGHBOURS), near.reshape(-1)
+        others = min(NEIGHBOURS, len(known) - 1)
+        near = np.asarray(cKDTree(known).query(known, range(2, others + 2))[1])
+        first, second = np.repeat(np.arange(len(known)), others), near.reshape(-1)
         first, second = np.unique(np.sort([first, second], axis=0), axis=1)
         apart = np.abs(values[first] - values[second]).max(axis=1)
         widest = np.argsort(-apart, kind="stable")[:pairs]

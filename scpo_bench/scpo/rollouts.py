@@ -90,6 +90,7 @@ class BatchedRollouts:
         seed: int = 0,
     ) -> None:
         self.names, self.exact = task.constraint_names, noise_std == 0
+        self.convex_starts = task.convex_starts
         self._task, self._space, self._sharpness, self._meter = task, space, sharpness, meter
         self._noise_std, self._seed = noise_std, seed
         self._starts = tuple(
