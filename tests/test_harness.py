@@ -391,6 +391,15 @@ def test_provenance_names_the_commit_and_the_versions():
     assert found["commit"].removesuffix("+") == head.strip()
 
 
+def test_provenance_tells_processors_apart():
+    """One name covers several processors, on which results differ in the last bits."""
+    found = provenance.provenance()
+    listed = Path("/proc/cpuinfo").read_text()
+    assert all(f"{name} " in found["cpu"] for name in ("family", "stepping") if name in listed)
+    assert found["instruction_set"]
+    assert any(kernel.split()[0] in ("openblas", "mkl", "blis") for kernel in found["blas"])
+
+
 def test_a_missing_package_comes_with_its_command(monkeypatch):
     """``doctor`` must say how to install what is missing, and safety-gymnasium without its pins."""
     monkeypatch.setattr(provenance, "_version", {"torch": "2"}.get)

@@ -158,6 +158,7 @@ def made_up(
         rows.append(
             {
                 **cell.model_dump(include={"task", "agent", "seed", "steps", "cost_limit"}),
+                **{"budget": "interaction", "margin": 0.0, "told_limit": math.nan},
                 **{"suite": "s", "setup": setup_of(cell), "status": "finished", "error": None},
                 **metrics.__dict__,
                 "key": cell.key(),
@@ -174,6 +175,8 @@ def test_every_column_by_hand():
     """
     never = math.inf
     runs = made_up("a", [1.0, 2.0, 6.0], cost_limit=10.0).assign(
+        told_limit=8.0,
+        margin=0.02,
         status=["finished", "finished", "failed"],
         start_objective=[3.0, 1.0, 8.0],
         final_objective=[2.0, 5.0, 4.0],
@@ -211,6 +214,7 @@ def test_every_column_by_hand():
         updates=[10.0, 10.0, 4.0],
         interaction_steps=[100.0, 100.0, 50.0],
         probe_steps=[7.0, 9.0, 1.0],
+        total_steps=[107.0, 109.0, 51.0],
         wall_time_s=[3.0, 1.0, 2.0],
         steps_per_s=[5.0, 9.0, 6.0],
     )
@@ -237,6 +241,8 @@ def test_every_column_by_hand():
         **{"cumulative_excess": 4.0, "max_excess": 2.0, "max_excess_ratio": 0.2},
         **{"cvar95_cost_low": 3.0, "cvar95_cost_high": 5.0, "probe_violations": 3},
         **{"updates": 10.0, "interaction_steps": 100.0, "probe_steps": 7.0, "wall_time_s": 2.0},
+        **{"total_steps": 107.0, "steps": 100, "budget": "interaction"},
+        **{"told_limit": 8.0, "margin": 0.02},
         **{"steps_per_s": 6.0, "preliminary": True, "verdict": ranking.UNDECIDED},
         **{"verification": "consistent", "setup": runs["setup"].iloc[0]},
         "command": f"scpo-bench run s --agents a --tasks {GOAL} --seeds 3",

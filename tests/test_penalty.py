@@ -54,6 +54,14 @@ def test_penalty_by_hand():
     assert float(agent.penalty(0.5 * w)) == 0.0  # within the bounds nothing is penalised
 
 
+def test_penalty_begins_at_the_margin():
+    """Of values -0.1 and -0.3 a margin of 0.2 penalises the first, by 0.1 squared."""
+    agent = make(features=16, margin=0.2)
+    agent.rollouts.constraint_values = lambda w: torch.tensor([[[-0.1, -0.3]]])
+    w = torch.zeros(agent.space.dimension, dtype=torch.float64)
+    assert float(agent.penalty(w)) == pytest.approx(0.01)
+
+
 @pytest.mark.parametrize(
     ("task", "space"), [(REGRESSION, "last_layer"), (IMITATION, "last_layer"), (IMITATION, "all")]
 )

@@ -62,6 +62,10 @@ def policies(row: Row) -> str:
     return f"{row['violating_policies']}/{row['distinct_policies']}"
 
 
+def told_another_limit(row: Row) -> bool:
+    return bool(abs(row["told_limit"] - row["cost_limit"]) > 0)  # not for nan
+
+
 def has_proof(row: Row) -> bool:
     return not math.isnan(row["examined_policies"])
 

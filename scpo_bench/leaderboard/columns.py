@@ -248,6 +248,12 @@ COLUMNS: tuple[Column, ...] = (
         "d per episode; 0: any violated constraint value counts",
         lambda g: g.limit,
     ),
+    _field("told_limit", "cost", "d as the agent is told it; unknown where it takes none").headed(
+        "told\nlimit", when=cells.told_another_limit
+    ),
+    _field("margin", "", "of safety in training, in units of the constraint values").headed(
+        "margin", when=lambda row: row["margin"] > 0
+    ),
     _estimate(
         "cost_final", "cost", "cost per episode of the final iterate, mean over finished seeds"
     ).headed("final cost", cells.cost, cells.has_none),
@@ -327,9 +333,10 @@ COLUMNS: tuple[Column, ...] = (
     _total("probe_violations", "policies", "candidates that violated while being evaluated"),
     _median("updates", "updates", "updates per run"),
     _median("interaction_steps", "steps", "interaction steps per run"),
-    _median("probe_steps", "steps", "steps spent on evaluating candidates per run").headed(
-        "probe\nsteps"
-    ),
+    _median("probe_steps", "steps", "steps spent on evaluating candidates per run"),
+    _median("total_steps", "steps", "interaction and probe steps per run").headed("total\nsteps"),
+    _field("steps", "steps", "budget per run"),
+    _field("budget", "text", "the steps that the budget counts: interaction or total"),
     _median("wall_time_s", "s", "wall-clock time per run"),
     _median("steps_per_s", "steps/s", "interaction steps per second"),
     Column("preliminary", "yes or no", f"fewer than {PRELIMINARY_BELOW} finished seeds (†)", _few),

@@ -98,6 +98,8 @@ class RunMetrics:
     # Trust.
     interaction_steps: int
     probe_steps: int
+    total_steps: int
+    """Interaction and probe steps."""
     wall_time_s: float
     steps_per_s: float
 
@@ -233,6 +235,7 @@ def measure(
         safe_from_update=safe_from,
         interaction_steps=int(last["interaction_steps"]),
         probe_steps=int(last["probe_steps"]),
+        total_steps=int(last["interaction_steps"]) + int(last["probe_steps"]),
         wall_time_s=last["wall_time_s"],
         steps_per_s=_ratio(last["interaction_steps"], last["wall_time_s"]),
     )

@@ -27,7 +27,7 @@ from scpo_bench.leaderboard.aggregate import aggregate_cells
 from scpo_bench.leaderboard.columns import COLUMNS, Row, cell_text, shown
 from scpo_bench.leaderboard.ranking import VERDICTS
 from scpo_bench.leaderboard.statistics import PRELIMINARY_BELOW
-from scpo_bench.leaderboard.text import number, printable
+from scpo_bench.leaderboard.text import count, number, printable
 
 _STYLES = dict(zip(VERDICTS, ("green", "yellow", "yellow", "red", "dim")))
 
@@ -50,7 +50,7 @@ def sections(table: pd.DataFrame, title: str = "") -> list[Section]:
     found = []
     for suite, task, rows in tasks(table):
         columns = shown(rows)
-        caption = limits(rows) + ("" if suite == title else f", suite {printable(suite)}")
+        caption = conditions(rows) + ("" if suite == title else f", suite {printable(suite)}")
         found.append(
             Section(
                 printable(task),
@@ -78,12 +78,18 @@ def _rows(table: pd.DataFrame) -> list[Row]:
     return [{str(k): v for k, v in row.items()} for row in table.to_dict("records")]
 
 
-def limits(rows: Sequence[Row]) -> str:
-    """What counts as a violation in these rows of one task."""
+def conditions(rows: Sequence[Row]) -> str:
+    """What counts as a violation in these rows of one task, and the budget of steps."""
     found = sorted({row["cost_limit"] for row in rows})
+    limit = f"cost limit {', '.join(map(number, found))} per episode"
     if found == [0]:
-        return "limit 0: any violated constraint value counts"
-    return f"cost limit {', '.join(map(number, found))} per episode"
+        limit = "limit 0: any violated constraint value counts"
+    budgets = dict.fromkeys((row["steps"], row["budget"]) for row in rows)
+    steps = ", ".join(f"{count(steps)} {_BUDGETS[budget]}" for steps, budget in budgets)
+    return f"{limit}; {steps} per run"
+
+
+_BUDGETS = {"interaction": "interaction steps", "total": "interaction and probe steps"}
 
 
 def notes(table: pd.DataFrame) -> list[str]:

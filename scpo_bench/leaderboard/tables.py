@@ -19,7 +19,7 @@ from scpo_bench.leaderboard.columns import COLUMNS, Group
 from scpo_bench.leaderboard.metrics import METRICS, measure
 from scpo_bench.leaderboard.ranking import rank
 from scpo_bench.leaderboard.references import gap_closed, load_references
-from scpo_bench.records.consistency import check_bounds, check_record
+from scpo_bench.records.consistency import MAX_MAGNITUDE, check_bounds, check_record
 from scpo_bench.records.files import RecordError, read_run, read_updates, run_folders
 from scpo_bench.records.proof import read_proof
 from scpo_bench.records.schema import Cell, Run, Update
@@ -96,10 +96,13 @@ def reference_of(cell: Cell, references: dict[str, dict[str, Any]]) -> dict[str,
     return entry if entry is not None and entry.get("env", {}) == cell.env else None
 
 
-_CELL = ("task", "agent", "seed", "steps", "cost_limit")
+_CELL = ("task", "agent", "seed", "steps", "budget", "cost_limit", "margin")
 # Of proof.json, where a run has one that belongs to its record.
 _PROOF = ("proved_policies", "examined_policies")
-_IDENTITY = ("suite", *_CELL, "setup", "key", "status", "error", "reference", "provenance")
+_IDENTITY = (
+    *("suite", *_CELL, "told_limit", "setup", "key", "status", "error"),
+    *("reference", "provenance"),
+)
 
 
 def load(
@@ -144,6 +147,7 @@ def load(
             error=record.problem or run.error,
             reference=reference,
             provenance=run.provenance,
+            **_told(run),
             **(_proved(record, problems) if proofs else {}),
             **(asdict(measured) if measured else {}),
         )
@@ -156,6 +160,7 @@ def load(
             error="planned, but there is no record",
             reference=reference_of(cell, references),
             provenance={},
+            told_limit=math.nan,
         )
     runs = pd.DataFrame(rows, columns=[*_IDENTITY, *_PROOF, *METRICS])
     measured_columns = [*_PROOF, *METRICS]
@@ -168,6 +173,22 @@ def load(
         runs.loc[index] = task
     runs.attrs["problems"] = problems
     return runs
+
+
+def _told(run: Run) -> dict[str, float]:
+    """The limit that the agent was told, nan where it takes none, and the margin it worked with."""
+    resolved = run.resolved_config
+    margin = _number(resolved.get("margin"))
+    return {
+        "told_limit": _number(resolved.get("cost_limit")),
+        "margin": run.cell.margin if math.isnan(margin) else margin,
+    }
+
+
+def _number(value: Any) -> float:
+    """A value of a configuration as a number; nan for what is none."""
+    known = isinstance(value, int | float) and abs(value) <= MAX_MAGNITUDE
+    return float(value) if known else math.nan
 
 
 def _proved(record: Record, problems: list[str]) -> dict[str, int]:

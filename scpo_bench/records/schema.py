@@ -10,6 +10,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 SCHEMA_VERSION = 1
+# Fields that cells got after the first records: at these values they are left out of the key, so
+# that those records keep theirs.
+_ADDED_FIELDS = {"margin": 0.0, "budget": "interaction", "evaluation_starts": "held-out"}
 TIMING_FIELDS = frozenset({"wall_time_s", "steps_per_s"})
 
 
@@ -39,7 +42,9 @@ class Cell(_Strict):
     """Gymnasium id."""
     seed: int = Field(ge=0)
     steps: int = Field(ge=1)
-    """Budget of interaction steps."""
+    """Budget of simulation steps."""
+    budget: Literal["interaction", "total"] = "interaction"
+    """What the budget counts: interaction steps alone, or also those of constraint evaluation."""
     start: Literal["backup", "zero", "random"] = "random"
     num_envs: int = Field(1, ge=1)
     evaluation_episodes: int = Field(10, ge=1)
@@ -48,6 +53,13 @@ class Cell(_Strict):
     """Evaluate after every this many updates (and after the last one)."""
     cost_limit: float = Field(ge=0)
     """d, in cost units per episode. 0: any violated constraint value counts."""
+    margin: float = Field(0.0, ge=0)
+    """Safety margin in training, in units of the constraint values, >= 0.
+
+    A step costs the agent 1 if a constraint value exceeds -margin; policies are judged at 0.
+    """
+    evaluation_starts: Literal["held-out", "tuning"] = "held-out"
+    """Where policies are evaluated: on the held-out starts, or on others kept for tuning."""
     normalize: bool = False
     """Normalise observations for the agent with running statistics (SB3's VecNormalize)."""
     env: dict[str, Any] = {}
@@ -57,7 +69,11 @@ class Cell(_Strict):
 
     def key(self) -> str:
         """Hash of exactly the fields above and the schema version. 64 hexadecimal digits."""
-        return _sha256([canonical({"schema": SCHEMA_VERSION, **self.model_dump(mode="json")})])
+        fields = self.model_dump(mode="json")
+        for name, value in _ADDED_FIELDS.items():
+            if fields[name] == value:
+                del fields[name]
+        return _sha256([canonical({"schema": SCHEMA_VERSION, **fields})])
 
 
 class Update(_Strict):

@@ -32,9 +32,13 @@ def make_agent(cell: Cell, env: VecEnv) -> Agent:
     config = dict(cell.config)
     config_class = getattr(agent_class, "Config", None)
     fields = dataclasses.fields(config_class) if dataclasses.is_dataclass(config_class) else ()
-    if "cost_limit" in (field.name for field in fields):
+    names = [field.name for field in fields]
+    if "cost_limit" in names:
         # One limit per cell: the agent is told the limit that its policies are judged by.
         config.setdefault("cost_limit", cell.cost_limit)
+    if "margin" in names and cell.margin:
+        # Agents that see the constraint values themselves; others get costs with this margin.
+        config.setdefault("margin", cell.margin)
     policy: str | type[ActorCriticPolicy] = "MlpPolicy"
     if cell.start != "random":
         backup = _start_policy(cell, env)

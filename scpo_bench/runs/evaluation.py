@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -14,7 +14,8 @@ from scpo_bench.contract import BatchedTask
 from scpo_bench.runs.environments import make_vector_env
 
 EPISODES_AT_ONCE = 16  # environments that are held in memory
-HELD_OUT_ENTROPY = 20_251_213  # root of the evaluation seeds, which no cell's seed leads to
+# Roots of the evaluation seeds, which no cell's seed leads to.
+ENTROPY = {"held-out": 20_251_213, "tuning": 20_251_125}
 
 # Observations [n, ...] -> actions [n, ...].
 Predict = Callable[[NDArray[Any]], NDArray[Any]]
@@ -53,14 +54,23 @@ class Evaluator:
 
     The seeds come from a branch of the seed tree of their own, the same for all agents and seeds of
     a task: every agent is judged on the same starts, and none trains on them. native: in the task's
-    vector environment; there a task may state its held-out starts itself.
+    vector environment; there a task may state its held-out starts itself. starts: "held-out", or
+    "tuning" for others, drawn from the task's start distribution, on which agents are tuned.
     """
 
-    def __init__(self, task: str, env_kwargs: dict[str, Any], episodes: int, native: bool) -> None:
-        sequence = np.random.SeedSequence(HELD_OUT_ENTROPY)
+    def __init__(
+        self,
+        task: str,
+        env_kwargs: dict[str, Any],
+        episodes: int,
+        native: bool,
+        starts: Literal["held-out", "tuning"] = "held-out",
+    ) -> None:
+        sequence = np.random.SeedSequence(ENTROPY[starts])
         self._seeds = [int(s) for s in sequence.generate_state(1 if native else episodes)]
         self._vector_env = make_vector_env(task, episodes, env_kwargs) if native else None
-        self._options = _held_out_starts(self._vector_env, episodes)
+        own = starts == "held-out"
+        self._options = _held_out_starts(self._vector_env, episodes) if own else None
         at_once = 0 if native else min(episodes, EPISODES_AT_ONCE)
         self._envs = [gym.make(task, **env_kwargs) for _ in range(at_once)]
 

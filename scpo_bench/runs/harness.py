@@ -77,6 +77,7 @@ class Attempt:
         self._set(provenance=provenance())
         agent_class = load_agent(cell.agent)
         versions = {**self.record.provenance, "agent": source_digest(agent_class)}
+        del versions["blas"]  # it lists what happens to be loaded; the other fields decide it
         checkpointer = self._checkpointer = Checkpointer(folder, self.record.key, versions)
         saved = checkpointer.load(agent_class)
         log, updates = _open_log(folder, saved)
@@ -84,13 +85,15 @@ class Attempt:
         if not updates:  # the log is not the one that the checkpoint belongs to
             saved = None
         with contextlib.ExitStack() as opened:
-            env = saved.env if saved else RecordingVecEnv(make_training_env(cell, workers))
+            env = saved.env if saved else _recorded(cell, workers)
             opened.callback(env.close)
             if saved:
                 self._set(started=_started(folder))
             write_run(folder, self.record)
             native = has_vector_env(cell.task)
-            evaluator = Evaluator(cell.task, cell.env, cell.evaluation_episodes, native)
+            evaluator = Evaluator(
+                cell.task, cell.env, cell.evaluation_episodes, native, cell.evaluation_starts
+            )
             opened.callback(evaluator.close)
             agent = saved.agent if saved else make_agent(cell, _normalised(cell, env))
             self.agent = agent
@@ -146,6 +149,10 @@ def _open_log(folder: Path, checkpoint: Checkpoint | None) -> tuple[UpdateLog, l
         with contextlib.suppress(RecordError):
             return UpdateLog(folder, checkpoint.mark), read_updates(folder)
     return UpdateLog(folder), []
+
+
+def _recorded(cell: Cell, workers: int) -> RecordingVecEnv:
+    return RecordingVecEnv(make_training_env(cell, workers), cell.margin)
 
 
 def _normalised(cell: Cell, env: RecordingVecEnv) -> VecEnv:

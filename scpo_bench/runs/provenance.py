@@ -1,10 +1,15 @@
-"""Where a record comes from: package versions, git commit, machine."""
+"""Where a record comes from: package versions, git commit, machine.
+
+Floating-point results depend on the processor through the kernels that NumPy's BLAS and torch
+choose for it, so a record names them.
+"""
 
 from __future__ import annotations
 
 import functools
 import os
 import platform
+import re
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -12,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from threadpoolctl import threadpool_info
 
 PACKAGES = (
     *("scpo-bench", "torch", "numpy", "gymnasium", "stable-baselines3"),
@@ -26,12 +32,14 @@ INSTALL = {
 
 
 def provenance() -> dict[str, Any]:
-    """Package versions, the source tree's git commit, CPU and threads."""
+    """Package versions, the source tree's git commit, processor, kernels and threads."""
     return {
         "versions": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "commit": _git_commit(),
         "cpu": _cpu_model(),
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "blas": _blas_kernels(),
         "threads": torch.get_num_threads(),
         "platform": f"{platform.system()}-{platform.machine()}",
     }
@@ -64,14 +72,30 @@ def _git(*arguments: str) -> str:
     ).stdout.strip()
 
 
+@functools.cache
 def _cpu_model() -> str:
+    """The processor's name with family, model and stepping: some names cover several of these."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     except OSError:
-        pass
-    return platform.processor() or "unknown"
+        return platform.processor() or "unknown"
+    fields = dict(re.findall(r"^([^\t:]+?)\s*: (.*)$", first, re.MULTILINE))
+    name = fields.get("model name") or platform.processor() or "unknown"
+    numbers = [
+        f"{label} {fields[key]}"
+        for label, key in (("family", "cpu family"), ("model", "model"), ("stepping", "stepping"))
+        if key in fields
+    ]
+    return f"{name} ({', '.join(numbers)})" if numbers else name
+
+
+def _blas_kernels() -> list[str]:
+    """Every BLAS that is loaded, with its version and the kernels that it has chosen."""
+    loaded = [info for info in threadpool_info() if info["user_api"] == "blas"]
+    return sorted(
+        f"{info['internal_api']} {info['version']} {info.get('architecture', '')}".strip()
+        for info in loaded
+    )
 
 
 def describe_environment() -> list[tuple[str, str, str]]:

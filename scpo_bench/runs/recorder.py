@@ -17,6 +17,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 
 from scpo_bench.contract import ProbeMeter, check_transition
+from scpo_bench.errors import UserError
 from scpo_bench.records.files import UpdateLog
 from scpo_bench.records.schema import Cell, Update, violates
 from scpo_bench.runs.evaluation import Evaluator
@@ -39,14 +40,18 @@ class Collection:
 
 
 class RecordingVecEnv(VecEnvWrapper):
-    """Counts steps, returns, costs and constraint values, and passes everything on unchanged.
+    """Counts steps, returns, costs and constraint values, and passes everything on.
 
-    Raises KeyError if a step's info has no cost, FloatingPointError if anything is not finite.
+    With a ``margin`` the agent gets another cost than the one that is recorded: 1 where a
+    constraint value exceeds -margin, else 0. Everything else is unchanged.
+    Raises KeyError if a step's info has no cost, FloatingPointError if anything is not finite,
+    UserError for a margin where the task has no signed constraint values.
     Constraint evaluation charges its steps to ``probe_meter``.
     """
 
-    def __init__(self, venv: VecEnv) -> None:
+    def __init__(self, venv: VecEnv, margin: float = 0.0) -> None:
         super().__init__(venv)
+        self.margin = margin
         self.probe_meter = ProbeMeter()
         self.steps = 0
         self._collection = Collection()
@@ -79,7 +84,17 @@ class RecordingVecEnv(VecEnvWrapper):
             seen.returns.append(float(self._return_N[i]))
             seen.costs.append(float(self._cost_N[i]))
             self._return_N[i] = self._cost_N[i] = 0.0
+        if self.margin:
+            infos = [{**info, "cost": self._training_cost(info)} for info in infos]
         return observations, rewards, dones, infos
+
+    def _training_cost(self, info: dict[str, Any]) -> float:
+        if "constraint_values" not in info:
+            raise UserError(
+                f"margin: {self.margin:g} is in units of info['constraint_values'], and this task "
+                "has none; expected 0"
+            )
+        return float(np.max(info["constraint_values"]) > -self.margin)
 
     def take(self) -> Collection:
         """What was seen since the last call."""
@@ -107,7 +122,7 @@ class UpdateRecorder(BaseCallback):
         self._cell, self._recording, self._evaluator, self._log = cell, env, evaluator, log
         self._save, self._progress = save, progress
         self.updates: list[Update] = []
-        self._collected = False
+        self._collected = self._spent = False
         self._began = self._last_shown = time.perf_counter()
 
     def resume(self, updates: list[Update], elapsed_s: float) -> None:
@@ -116,6 +131,9 @@ class UpdateRecorder(BaseCallback):
         self._began -= elapsed_s
 
     def _on_rollout_start(self) -> None:
+        # Of interaction steps the algorithm itself takes no more than it is asked for.
+        total = self._recording.steps + self._recording.probe_meter.steps
+        self._spent = self._cell.budget == "total" and total >= self._cell.steps
         if not self.updates or self._collected:
             self._write(final=False)
             self._save(time.perf_counter() - self._began)
@@ -130,7 +148,7 @@ class UpdateRecorder(BaseCallback):
         if now - self._last_shown > PROGRESS_S:
             self._last_shown = now
             self._show()
-        return True
+        return not self._spent
 
     def _on_training_end(self) -> None:
         if self._collected:

@@ -26,15 +26,18 @@ class PenaltyConfig(GradientDescentConfig):
     """Of the penalty, relative to the loss (the paper's: 1)."""
     evaluation_starts: int = 64
     """Design starts at which violations are penalised (the paper's: 64)."""
+    margin: float = 0.0
+    """How far below zero constraint values are not penalised, in their units (the paper's: 0)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "weight", low=0)
+        require(self, "margin", low=0)
         require(self, "evaluation_starts", low=1)
 
 
 class Penalty(GradientDescent):
-    """Gradient descent on loss + weight * sum of max(0, c)^2.
+    """Gradient descent on loss + weight * sum of max(0, c + margin)^2.
 
     The sum is over the constraints' values c at the design starts and at the steps of a rollout
     from each of them. It is a sum, not a mean: with a mean, weight 1 would trade a violation at a
@@ -71,12 +74,12 @@ class Penalty(GradientDescent):
         return self._rollouts
 
     def penalty(self, w: torch.Tensor) -> torch.Tensor:
-        """Sum of max(0, c)^2 over the constraint values of the policy w [d]; a scalar."""
+        """Sum of max(0, c + margin)^2 over the constraint values of the policy w [d]; a scalar."""
         values = self.rollouts.constraint_values(w[None])
         meter = probe_meter_of(self.env)
         meter.steps += values.shape[-1]
         meter.violations += int((values > 0).any())
-        return values.clamp(min=0).square().sum()
+        return (values + self.config.margin).clamp(min=0).square().sum()
 
     def loss(self, w: torch.Tensor) -> torch.Tensor:
         penalty = self.penalty(w)

@@ -74,7 +74,7 @@ class Settings(_Strict):
     agents: list[AgentName] = Field([], min_length=1)
     """Required."""
     steps: Count = 0
-    """Interaction steps per run. Required."""
+    """Simulation steps per run. Required."""
     seeds: Count = 0
     """Number of runs per agent, with seeds 0, 1, ... Required."""
     num_envs: Count = 1
@@ -82,6 +82,10 @@ class Settings(_Strict):
     evaluation_interval: Count = 1
     cost_limit: float = Field(0.0, ge=0)
     """Per episode. Default: the task's own."""
+    margin: float = Field(0.0, ge=0)
+    """Safety margin in training, for every agent alike; see :class:`Cell`."""
+    budget: Literal["interaction", "total"] = "interaction"
+    """What ``steps`` counts: see :class:`Cell`."""
     start: Literal["backup", "zero", "random"] = "random"
     """The policy that training starts from: the task's backup controller, action zero everywhere,
     or a random initialisation.

@@ -25,7 +25,7 @@ from scpo_bench.leaderboard.aggregate import aggregate_cells
 from scpo_bench.leaderboard.columns import COLUMNS, Column, Row, cell_text, shown
 from scpo_bench.leaderboard.figures import Figure, runs_of, suite_figures
 from scpo_bench.leaderboard.ranking import VERDICTS
-from scpo_bench.leaderboard.render import limits, notes, tasks
+from scpo_bench.leaderboard.render import conditions, notes, tasks
 from scpo_bench.leaderboard.tables import seed_ranges
 from scpo_bench.leaderboard.text import number, printable
 from scpo_bench.records.schema import Cell
@@ -63,7 +63,7 @@ def render_page(
     sections = [
         {
             "title": printable(task) if suite else f"{printable(task)}, suite {printable(name)}",
-            "subtitle": limits(rows),
+            "subtitle": conditions(rows),
             "columns": shown(rows),
             "rows": rows,
             "figures": figures_of(name, task),
