@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from scpo_bench.records.schema import Cell
+    from scpo_bench.records.study import Trial
     from scpo_bench.suites.schema import Benchmarks
 
 app = typer.Typer(
@@ -127,6 +128,51 @@ def _run(todo: list[Cell], suite: str, results: Path, jobs: int, workers: int = 
     console.print(summary, highlight=False)
     if outcome.failed:
         raise typer.Exit(2 if all(failure.users_mistake for failure in outcome.failed) else 1)
+
+
+@app.command()
+def tune(
+    suite: SuiteArgument,
+    trials: Annotated[int, Option(min=1, help="Configurations tried per agent and task.")] = 20,
+    agents: Annotated[Names, Option(help="Only these (a,b,...).")] = None,
+    tasks: Annotated[Names, Option(help="Only these tasks (a,b,...).")] = None,
+    seeds: Annotated[int, Option(min=1, help="Runs per configuration, with seeds 100, ...")] = 2,
+    steps: Annotated[int | None, Option(min=1, help="Per run [default: the suite's].")] = None,
+    jobs: JobsOption = 1,
+    output: Annotated[Path, Option("--output", "-o", help="Folder of trials and studies.")] = Path(
+        "tuning"
+    ),
+    file: FileOption = None,
+) -> None:
+    """Search for the configuration of each agent of a suite, with equal effort.
+
+    On tuning seeds and starts that no table uses. Prints what to put into the suites file, and
+    writes a study per agent and task (tuning.json). The same command resumes.
+    """
+    from scpo_bench.processes import sigterm_interrupts
+    from scpo_bench.runs import tune as tuning
+    from scpo_bench.suites.cells import cells, get_suite
+
+    sigterm_interrupts()
+    chosen = cells(get_suite(_benchmarks(file), suite), _names(agents), _names(tasks), seeds=1)
+    for cell in chosen:
+        place = f"{cell.agent} on {cell.task}"
+        if not agents and not tuning.search_space(cell.agent):
+            typer.echo(f"{place}: has no search space, left as it is")
+            continue
+
+        def report(number: int, trial: Trial, place: str = place) -> None:
+            typer.echo(f"{place}, trial {number}: {tuning.trial_line(trial)}")
+
+        cell = cell.model_copy(update={"steps": steps or cell.steps})
+        folder = tuning.study_folder(output, suite, cell)
+        try:
+            study = tuning.tune(cell, trials, seeds, folder, jobs, _console(), report)
+        except KeyboardInterrupt:
+            typer.echo("interrupted; nothing is lost, run the same command again to resume")
+            raise typer.Exit(130) from None
+        typer.echo(f"{place}: best is {tuning.trial_line(study.best())}")
+        typer.echo(f"study: {folder / 'tuning.json'}; config: {tuning.yaml_line(study)}")
 
 
 @app.command()

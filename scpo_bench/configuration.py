@@ -5,12 +5,27 @@ from __future__ import annotations
 import contextlib
 import json
 import operator
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 from scpo_bench.errors import UserError, nearest
 
 C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values of a numeric field that ``scpo-bench tune`` tries; integers if both ends are."""
+
+    low: float
+    high: float
+    log: bool = False
+    """Whether they are spread evenly in the logarithm."""
+
+
+# What ``tune`` may set of an agent: field of its Config -> a range, or the choices.
+SearchSpace = Mapping[str, Range | tuple[Any, ...]]
 
 
 def resolve_config(config_class: type[C], values: dict[str, Any]) -> C:

@@ -159,6 +159,7 @@ def made_up(
             {
                 **cell.model_dump(include={"task", "agent", "seed", "steps", "cost_limit"}),
                 **{"budget": "interaction", "margin": 0.0, "told_limit": math.nan},
+                "tuning_trials": math.nan,
                 **{"suite": "s", "setup": setup_of(cell), "status": "finished", "error": None},
                 **metrics.__dict__,
                 "key": cell.key(),
@@ -177,6 +178,7 @@ def test_every_column_by_hand():
     runs = made_up("a", [1.0, 2.0, 6.0], cost_limit=10.0).assign(
         told_limit=8.0,
         margin=0.02,
+        tuning_trials=12.0,
         status=["finished", "finished", "failed"],
         start_objective=[3.0, 1.0, 8.0],
         final_objective=[2.0, 5.0, 4.0],
@@ -242,7 +244,7 @@ def test_every_column_by_hand():
         **{"cvar95_cost_low": 3.0, "cvar95_cost_high": 5.0, "probe_violations": 3},
         **{"updates": 10.0, "interaction_steps": 100.0, "probe_steps": 7.0, "wall_time_s": 2.0},
         **{"total_steps": 107.0, "steps": 100, "budget": "interaction"},
-        **{"told_limit": 8.0, "margin": 0.02},
+        **{"told_limit": 8.0, "margin": 0.02, "tuning_trials": 12.0},
         **{"steps_per_s": 6.0, "preliminary": True, "verdict": ranking.UNDECIDED},
         **{"verification": "consistent", "setup": runs["setup"].iloc[0]},
         "command": f"scpo-bench run s --agents a --tasks {GOAL} --seeds 3",

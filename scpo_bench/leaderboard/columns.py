@@ -254,6 +254,9 @@ COLUMNS: tuple[Column, ...] = (
     _field("margin", "", "of safety in training, in units of the constraint values").headed(
         "margin", when=lambda row: row["margin"] > 0
     ),
+    _field("tuning_trials", "trials", "configurations that `tune` tried to find this one").headed(
+        "trials", when=lambda row: not math.isnan(row["tuning_trials"])
+    ),
     _estimate(
         "cost_final", "cost", "cost per episode of the final iterate, mean over finished seeds"
     ).headed("final cost", cells.cost, cells.has_none),

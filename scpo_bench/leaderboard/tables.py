@@ -23,6 +23,7 @@ from scpo_bench.records.consistency import MAX_MAGNITUDE, check_bounds, check_re
 from scpo_bench.records.files import RecordError, read_run, read_updates, run_folders
 from scpo_bench.records.proof import read_proof
 from scpo_bench.records.schema import Cell, Run, Update
+from scpo_bench.records.study import Study, read_study
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ def reference_of(cell: Cell, references: dict[str, dict[str, Any]]) -> dict[str,
 _CELL = ("task", "agent", "seed", "steps", "budget", "cost_limit", "margin")
 # Of proof.json, where a run has one that belongs to its record.
 _PROOF = ("proved_policies", "examined_policies")
+# Of tuning.json, where it says how the configuration of a run was found.
+_STUDY = "tuning_trials"
 _IDENTITY = (
     *("suite", *_CELL, "told_limit", "setup", "key", "status", "error"),
     *("reference", "provenance"),
@@ -111,7 +114,7 @@ def load(
     planned: Sequence[Cell] | None = None,
     references: dict[str, dict[str, Any]] | None = None,
     on_record: Callable[[Record], None] | None = None,
-    proofs: bool = True,
+    claims: bool = True,
 ) -> pd.DataFrame:
     """One row per run: identity, status, and :class:`~scpo_bench.leaderboard.metrics.RunMetrics`.
 
@@ -119,12 +122,13 @@ def load(
     themselves get status "damaged". In rows that are not "finished" the outcome (final objective
     and return) is the floor, and what is measured during training is what there is.
     ``attrs["problems"]`` lists what was left out and why. ``on_record`` is called with each record
-    as it is read. proofs: read what ``scpo-bench prove`` left beside the records, too. Nothing is
-    executed and nothing outside of the folder is read.
+    as it is read. claims: read what ``scpo-bench prove`` and ``tune`` left beside the records, too.
+    Nothing is executed and nothing outside of the folder is read.
     """
     references = load_references() if references is None else references
     problems: list[str] = []
     rows = []
+    studies: dict[Path, Study | None] = {}
     missing = {cell.key(): cell for cell in planned or ()}
 
     def add(suite: str, cell: Cell, **more: Any) -> None:
@@ -148,7 +152,8 @@ def load(
             reference=reference,
             provenance=run.provenance,
             **_told(run),
-            **(_proved(record, problems) if proofs else {}),
+            **(_proved(record, problems) if claims else {}),
+            **({_STUDY: _tuned(record, studies, problems)} if claims else {}),
             **(asdict(measured) if measured else {}),
         )
     for key, cell in missing.items():
@@ -162,8 +167,8 @@ def load(
             provenance={},
             told_limit=math.nan,
         )
-    runs = pd.DataFrame(rows, columns=[*_IDENTITY, *_PROOF, *METRICS])
-    measured_columns = [*_PROOF, *METRICS]
+    measured_columns = [*_PROOF, _STUDY, *METRICS]
+    runs = pd.DataFrame(rows, columns=[*_IDENTITY, *measured_columns])
     runs[measured_columns] = runs[measured_columns].astype(float)
     runs["score_kind"], runs["score"] = pd.Series(dtype=str), pd.Series(dtype=float)
     for _, index in runs.groupby(["suite", "task"], sort=False).groups.items():
@@ -173,6 +178,19 @@ def load(
         runs.loc[index] = task
     runs.attrs["problems"] = problems
     return runs
+
+
+def _tuned(record: Record, studies: dict[Path, Study | None], problems: list[str]) -> float:
+    """The trials of the study that found the run's configuration; nan if there is none."""
+    folder = record.folder.parent
+    if folder not in studies:
+        studies[folder] = None
+        try:
+            studies[folder] = read_study(folder)
+        except RecordError as error:
+            problems.append(f"ignored: {error}")
+    study = studies[folder]
+    return len(study.trials) if study and study.found(record.run.cell) else math.nan
 
 
 def _told(run: Run) -> dict[str, float]:

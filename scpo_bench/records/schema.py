@@ -53,7 +53,7 @@ class Cell(_Strict):
     """Evaluate after every this many updates (and after the last one)."""
     cost_limit: float = Field(ge=0)
     """d, in cost units per episode. 0: any violated constraint value counts."""
-    margin: float = Field(0.0, ge=0)
+    margin: float = Field(default=0.0, ge=0)
     """Safety margin in training, in units of the constraint values, >= 0.
 
     A step costs the agent 1 if a constraint value exceeds -margin; policies are judged at 0.

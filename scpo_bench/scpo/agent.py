@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from scpo_bench.configuration import require
+from scpo_bench.configuration import Range, SearchSpace, require
 from scpo_bench.contract import Floats, probe_meter_of, task_of
 from scpo_bench.errors import UserError
 from scpo_bench.scpo.bank import Candidate
@@ -37,6 +37,13 @@ from scpo_bench.scpo.smoothness import Rule
 @dataclass(frozen=True)
 class SCPOConfig(RolloutConfig, GuardConfig, GradientDescentConfig):
     """The guard's fields, those of the proposal, and those of constraint evaluation."""
+
+    search_space: ClassVar[SearchSpace] = {
+        "learning_rate": Range(0.03, 0.6, log=True),
+        "trust_radius": Range(0.1, 2.0, log=True),
+        "directions": Range(2, 8),
+        "smoothness": ("adaptive", "sampled"),
+    }
 
     constraint_noise: float = 0.0
     """Standard deviation of normal noise on every rollout's constraint values, as measured by the
@@ -67,6 +74,13 @@ class SCPOConfig(RolloutConfig, GuardConfig, GradientDescentConfig):
 @dataclass(frozen=True)
 class PointwiseConfig(SCPOConfig):
     """The defaults of agent ``scpo-pointwise``."""
+
+    search_space: ClassVar[SearchSpace] = {
+        "learning_rate": Range(0.03, 0.6, log=True),
+        "trust_radius": Range(0.1, 2.0, log=True),
+        "probe_radius": Range(0.01, 0.1, log=True),
+        "reuse": Range(0.001, 0.02, log=True),
+    }
 
     pointwise: bool = True
     evaluation_starts: int = 256
@@ -100,6 +114,8 @@ class CertifiedConfig(PointwiseConfig):
 @dataclass(frozen=True)
 class ProvenConfig(SCPOConfig):
     """The defaults of agent ``scpo-proven``."""
+
+    search_space: ClassVar[SearchSpace] = {"learning_rate": Range(0.03, 0.6, log=True)}
 
     mode: Mode = "proven"
 

@@ -19,7 +19,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.utils import safe_mean
 from torch import nn
 
-from scpo_bench.configuration import require, require_choice, resolve_config
+from scpo_bench.configuration import Range, SearchSpace, require, require_choice, resolve_config
 from scpo_bench.contract import Floats, task_of
 from scpo_bench.errors import UserError
 from scpo_bench.policies import AffineBackup, BackupActorCriticPolicy
@@ -31,6 +31,8 @@ Labels = Literal["starts", "visited"]
 @dataclass(frozen=True)
 class GradientDescentConfig:
     """Defaults of agent ``sgd``, and of SCPO's proposals."""
+
+    search_space: ClassVar[SearchSpace] = {"learning_rate": Range(0.03, 0.6, log=True)}
 
     n_steps: int = 30
     """Steps per environment between two updates."""

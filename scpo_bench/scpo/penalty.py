@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from scpo_bench.configuration import require
+from scpo_bench.configuration import Range, SearchSpace, require
 from scpo_bench.contract import ProbeMeter, probe_meter_of, task_of
 from scpo_bench.errors import UserError
 from scpo_bench.scpo.gradient_descent import GradientDescent, GradientDescentConfig
@@ -21,6 +21,8 @@ from scpo_bench.scpo.rollouts import BatchedRollouts, refuse_wrappers
 @dataclass(frozen=True)
 class PenaltyConfig(GradientDescentConfig):
     """The fields of gradient descent, and those of the penalty."""
+
+    search_space: ClassVar[SearchSpace] = {"learning_rate": Range(0.001, 0.1, log=True)}
 
     weight: float = 1.0
     """Of the penalty, relative to the loss (the paper's: 1)."""

@@ -48,7 +48,7 @@ def bundle(results: Path, suite: str, output: Path, planned: Sequence[Cell] = ()
             for name, data in contents.items()
         },
         planned=list(planned),
-        rows=plain_rows(leaderboard(load(results, suite, planned, proofs=False))),
+        rows=plain_rows(leaderboard(load(results, suite, planned, claims=False))),
     )
     # The manifest comes first: a reader of the archive knows what follows.
     contents = {MANIFEST_FILE: canonical(manifest.model_dump(mode="json")) + b"\n", **contents}

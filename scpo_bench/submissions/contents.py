@@ -32,6 +32,7 @@ from scpo_bench.records.files import (
 )
 from scpo_bench.records.proof import PROOF_FILE
 from scpo_bench.records.schema import Cell
+from scpo_bench.records.study import STUDY_FILE
 
 MANIFEST_FILE = "manifest.json"
 RECORD_FILES = (RUN_FILE, UPDATES_FILE, COMPRESSED_UPDATES_FILE)
@@ -39,8 +40,8 @@ PACKED = (".tar.gz", ".tgz")
 # Beside one's own records, never read and never packed: what this package generates from them, what
 # an unfinished run leaves, and the lock and temporary files of running processes.
 _GENERATED = (".md", ".html", ".csv", ".tex", ".png", ".svg", ".pdf", ".part")
-# proof.json is a claim about a record; a bundle's reader would have to prove it again.
-_LEFT_BY_RUNS = ("traceback.txt", CHECKPOINT_FILE, PROOF_FILE)
+# proof.json and tuning.json are claims about records, which a bundle's reader cannot check.
+_LEFT_BY_RUNS = ("traceback.txt", CHECKPOINT_FILE, PROOF_FILE, STUDY_FILE)
 _LOCKS_FOLDER = ".locks"
 
 # What tarfile, gzip and zlib raise for damaged and hostile archives.

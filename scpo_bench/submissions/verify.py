@@ -242,7 +242,7 @@ def _check_suite(runs: dict[str, Run], manifest: Manifest) -> Iterator[Finding]:
 
 
 def _check_leaderboard(root: Path, manifest: Manifest) -> Iterator[Finding]:
-    rows = plain_rows(leaderboard(load(root, manifest.suite, manifest.planned, proofs=False)))
+    rows = plain_rows(leaderboard(load(root, manifest.suite, manifest.planned, claims=False)))
     if len(rows) != len(manifest.rows):
         line = f"the records give {len(rows)} rows, the manifest has {len(manifest.rows)}"
         yield Finding(f"leaderboard: {line}")
