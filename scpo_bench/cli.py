@@ -5,9 +5,10 @@ Everything heavy is imported by the command that needs it.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from scpo_bench.records.schema import Cell
-    from scpo_bench.records.study import Trial
     from scpo_bench.suites.schema import Benchmarks
 
 app = typer.Typer(
@@ -109,20 +109,27 @@ def run(
     _run(cells(chosen, _names(agents), _names(tasks), seeds), suite, results, jobs, workers)
 
 
-def _run(todo: list[Cell], suite: str, results: Path, jobs: int, workers: int = 1) -> None:
+@contextlib.contextmanager
+def _resumable() -> Iterator[None]:
     from scpo_bench.processes import sigterm_interrupts
+
+    sigterm_interrupts()
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("interrupted; nothing is lost, run the same command again to resume")
+        raise typer.Exit(130) from None
+
+
+def _run(todo: list[Cell], suite: str, results: Path, jobs: int, workers: int = 1) -> None:
     from scpo_bench.runs.launch import run_cells
     from scpo_bench.suites.registry import load_agent
 
-    sigterm_interrupts()
     console = _console()
     for name in dict.fromkeys(cell.agent for cell in todo if ":" in cell.agent):
         load_agent(name)  # a mistyped module:Class is one error now, not one per run
-    try:
+    with _resumable():
         outcome = run_cells(todo, suite, results, jobs, console, workers)
-    except KeyboardInterrupt:
-        console.print("interrupted; nothing is lost, run the same command again to resume")
-        raise typer.Exit(130) from None
     counts = f"{outcome.finished} run, {outcome.skipped} already there"
     summary = f"{counts}, {len(outcome.failed)} failed; records in {results / suite}"
     console.print(summary, highlight=False)
@@ -149,30 +156,12 @@ def tune(
     On tuning seeds and starts that no table uses. Prints what to put into the suites file, and
     writes a study per agent and task (tuning.json). The same command resumes.
     """
-    from scpo_bench.processes import sigterm_interrupts
     from scpo_bench.runs import tune as tuning
     from scpo_bench.suites.cells import cells, get_suite
 
-    sigterm_interrupts()
     chosen = cells(get_suite(_benchmarks(file), suite), _names(agents), _names(tasks), seeds=1)
-    for cell in chosen:
-        place = f"{cell.agent} on {cell.task}"
-        if not agents and not tuning.search_space(cell.agent):
-            typer.echo(f"{place}: has no search space, left as it is")
-            continue
-
-        def report(number: int, trial: Trial, place: str = place) -> None:
-            typer.echo(f"{place}, trial {number}: {tuning.trial_line(trial)}")
-
-        cell = cell.model_copy(update={"steps": steps or cell.steps})
-        folder = tuning.study_folder(output, suite, cell)
-        try:
-            study = tuning.tune(cell, trials, seeds, folder, jobs, _console(), report)
-        except KeyboardInterrupt:
-            typer.echo("interrupted; nothing is lost, run the same command again to resume")
-            raise typer.Exit(130) from None
-        typer.echo(f"{place}: best is {tuning.trial_line(study.best())}")
-        typer.echo(f"study: {folder / 'tuning.json'}; config: {tuning.yaml_line(study)}")
+    with _resumable():
+        tuning.tune_all(chosen, output / suite, trials, seeds, steps, jobs, _console())
 
 
 @app.command()
@@ -323,38 +312,10 @@ def check(
     steps: Annotated[int, Option(min=100, help="Interaction steps, at most.")] = 100_000,
 ) -> None:
     """Test an agent: spaces, step budget, learning, determinism, resuming, saving and loading."""
-    import shutil
-    import tempfile
-
-    from rich.console import Console
-
-    from scpo_bench.checks.conformance import check as findings
+    from scpo_bench.checks.conformance import check_and_print
     from scpo_bench.configuration import json_object
 
-    fields = json_object("--config", config)
-    folder = Path(tempfile.mkdtemp(prefix="scpo-bench-check-"))
-    status = Console(stderr=True).status("starting")
-
-    def report(doing: str, taken: int, updates: int) -> None:
-        status.update(f"{doing}: {taken:,} steps, {updates} updates")
-
-    failed = 0
-    try:
-        remaining = findings(agent, fields, steps, folder, report)
-        while True:
-            with status:  # not while a line is printed: the two may share a terminal
-                found = next(remaining, None)
-            if found is None:
-                break
-            failed += found.ok is False
-            word = "ok    " if found.ok else "FAILED" if found.ok is False else "?     "
-            typer.echo(f"{word} {found.name}: {found.detail}")
-        summary = f"{failed} failed; records in {folder}" if failed else "conforms"
-        typer.echo(f"{agent}: {summary}")
-    finally:
-        if not failed:  # else the records and tracebacks are needed
-            shutil.rmtree(folder, ignore_errors=True)
-    if failed:
+    if check_and_print(agent, json_object("--config", config), steps):
         raise typer.Exit(1)
 
 

@@ -5,6 +5,8 @@ The task is so small that any agent should learn it.
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
 
 from scpo_bench.errors import UserError
 from scpo_bench.records.files import CHECKPOINT_FILE, read_updates
@@ -325,3 +328,33 @@ def _save_and_load(cell: Cell, path: Path) -> Finding:
             return Finding(name, worst == 0.0, f"64 observations, largest difference {worst:.3g}")
     except Exception as error:
         return Finding(name, False, f"{type(error).__name__}: {_one_line(error)}")
+
+
+def check_and_print(agent: str, config: dict[str, Any], steps: int) -> int:
+    """Print every finding of :func:`check` as it is made, and return how many failed.
+
+    The records of the checks are kept where one failed: they and their tracebacks are needed.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="scpo-bench-check-"))
+    status = Console(stderr=True).status("starting")
+
+    def report(doing: str, taken: int, updates: int) -> None:
+        status.update(f"{doing}: {taken:,} steps, {updates} updates")
+
+    failed = 0
+    try:
+        remaining = check(agent, config, steps, folder, report)
+        while True:
+            with status:  # not while a line is printed: the two may share a terminal
+                found = next(remaining, None)
+            if found is None:
+                break
+            failed += found.ok is False
+            word = "ok    " if found.ok else "FAILED" if found.ok is False else "?     "
+            print(f"{word} {found.name}: {found.detail}", flush=True)
+        summary = f"{failed} failed; records in {folder}" if failed else "conforms"
+        print(f"{agent}: {summary}")
+    finally:
+        if not failed:
+            shutil.rmtree(folder, ignore_errors=True)
+    return failed

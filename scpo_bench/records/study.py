@@ -28,7 +28,7 @@ class Trial(_Strict):
 
     config: dict[str, JsonValue]
     """The fields that the study set; none in trial 0, the suite's configuration as it was."""
-    violating_share: float | None = Field(None, ge=0, le=1)
+    violating_share: float | None = Field(default=None, ge=0, le=1)
     """Of the evaluated iterates of all seeds; None where a run failed."""
     loss: float | None = None
     """Mean over seeds of the final iterate's objective or, where the task has none, negated return;

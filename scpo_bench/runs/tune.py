@@ -9,9 +9,9 @@ was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import yaml
@@ -21,14 +21,11 @@ from scpo_bench.configuration import Range, SearchSpace
 from scpo_bench.errors import UserError
 from scpo_bench.records.files import RecordError, file_name, read_run, read_updates
 from scpo_bench.records.schema import Cell, Update
-from scpo_bench.records.study import Study, Trial, write_study
+from scpo_bench.records.study import STUDY_FILE, Study, Trial, write_study
 from scpo_bench.runs.launch import run_cells
 from scpo_bench.runs.provenance import provenance
 from scpo_bench.suites.cells import run_folder
 from scpo_bench.suites.registry import load_agent
-
-if TYPE_CHECKING:
-    import optuna
 
 FIRST_SEED = 100
 """Tuning seeds are this and up; suites use 0 and up."""
@@ -49,13 +46,13 @@ def tune(
     folder: Path,
     jobs: int,
     console: Console,
-    report: Callable[[int, Trial], None] = lambda number, trial: None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> Study:
     """The study of ``cell``'s agent on its task; tuning.json is written after every trial.
 
     cell: as the suite plans it; its seed and its evaluation starts are replaced. seeds: runs per
-    trial. folder: of the trials' runs and of tuning.json. report: called with (number, trial).
-    UserError if Optuna is not installed, or if the agent has no search space.
+    trial. folder: of the trials' runs and of tuning.json. report: called with a line of text per
+    trial. UserError if Optuna is not installed, or if the agent has no search space.
     """
     space = search_space(cell.agent)
     if not space:
@@ -73,12 +70,43 @@ def tune(
         run_cells(runs, name, folder, jobs, console)
         done.append(_outcome(config, [run_folder(folder, name, run) for run in runs]))
         tell(done[-1])
-        report(len(done) - 1, done[-1])
         study = Study(
             cell=planned, seeds=seeds, trials=done, sampler=SAMPLER, provenance=provenance()
         )
         write_study(folder, study)
+        report(f"trial {len(done) - 1}: {trial_line(done[-1])}")
     return study
+
+
+def tune_all(
+    cells: Iterable[Cell],
+    output: Path,
+    trials: int,
+    seeds: int,
+    steps: int | None,
+    jobs: int,
+    console: Console,
+) -> None:
+    """Tune the agent of each cell, one after the other, and print what is found.
+
+    Studies go to output/TASK/AGENT. steps: per run, by default the cell's. Agents without a search
+    space are named and left as they are.
+    """
+    for cell in cells:
+        place = f"{cell.agent} on {cell.task}"
+
+        def say(line: str, place: str = place) -> None:
+            text = f"{place}: {line}"
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+        if not search_space(cell.agent):
+            say("has no search space, left as it is")
+            continue
+        cell = cell.model_copy(update={"steps": steps or cell.steps})
+        folder = output / file_name(cell.task) / file_name(cell.agent)
+        study = tune(cell, trials, seeds, folder, jobs, console, say)
+        say(f"best is {trial_line(study.best())}")
+        say(f"study {folder / STUDY_FILE}; config {yaml_line(study)}")
 
 
 def trial_line(trial: Trial) -> str:
@@ -101,11 +129,6 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def study_folder(output: Path, suite: str, cell: Cell) -> Path:
-    """OUTPUT/SUITE/TASK/AGENT."""
-    return output / suite / file_name(cell.task) / file_name(cell.agent)
-
-
 def _proposals(
     space: SearchSpace, cell: Cell, trials: int
 ) -> Iterator[tuple[dict[str, Any], Callable[[Trial], None]]]:
@@ -121,7 +144,7 @@ def _proposals(
     for _ in range(trials - 1):
         asked = study.ask(distributions)
 
-        def tell(outcome: Trial, asked: optuna.Trial = asked) -> None:
+        def tell(outcome: Trial, asked: Any = asked) -> None:
             if outcome.loss is None:
                 study.tell(asked, state=optuna.trial.TrialState.FAIL)
                 return
