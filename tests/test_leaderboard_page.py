@@ -406,7 +406,7 @@ INKED = """[...document.querySelectorAll('.chart')].map(place => {
 def test_it_draws_every_panel(opened):
     """Each place has a chart with something on it, with a legend; nothing is logged as an error."""
     inked = opened.value(INKED)
-    assert len(inked) == 3 + 3 + 1 + 3 + 1
+    assert len(inked) == 3 + 3 + 1 + 1 + 3 + 1 + 1
     assert all(inked)
     legends = opened.value(
         "[...document.querySelectorAll('.chart')].map(c => c.querySelectorAll('.u-series').length)"

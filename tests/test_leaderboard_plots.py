@@ -33,6 +33,7 @@ from scpo_bench.leaderboard.figures import (
     certificate_panels,
     panel,
     pareto_panel,
+    steps_panel,
     suite_figures,
     task_panels,
 )
@@ -236,6 +237,26 @@ def test_pareto_front_by_hand():
     assert (shown.series[-1].x, shown.series[-1].y) == ([90.0], [10.0])
 
 
+def test_objective_against_all_steps_counts_probes():
+    """An agent that probes must stand further to the right than one that does not.
+
+    The synthetic runs take 100 interaction steps per update; "scpo" 50 probe steps besides.
+    """
+    groups = {agent: curves(agent, 2) for agent in ("scpo", "sgd")}
+    shown = steps_panel(groups, agent_styles(["scpo", "sgd"]))
+    x = {one.name: one.x for one in shown.series}
+    first = groups["scpo"][0]
+    updates = len(first.series["total_steps"]) - 1  # update 0 has taken none
+    assert x["scpo"] == pytest.approx([math.log10(150 * n) for n in range(1, updates + 1)], 1e-4)
+    assert x["sgd"] == pytest.approx([math.log10(100 * n) for n in range(1, updates + 1)], 1e-4)
+    assert shown.series[0].y == pytest.approx(first.series["iterate_objective"][1:], rel=0.5)
+    for run in groups["scpo"]:
+        run.series["iterate_objective"][:] = NAN
+    for run in groups["sgd"]:
+        run.series["iterate_objective"][:] = NAN
+    assert steps_panel(groups, agent_styles(["scpo", "sgd"])).y_label == "return"
+
+
 def test_colours_keep_to_the_agent():
     """A known agent has its colour in every suite, whichever others are there."""
     many = agent_styles(["cpo", "scpo", "ppo", "aaa"])
@@ -257,8 +278,8 @@ def test_figures_of_a_suite(tmp_path):
     planned = [synthetic_cell("ppo", task, seed, 6) for task in tasks for seed in range(3)]
     found = suite_figures(tmp_path, "s", planned, REFERENCES).figures
     assert [figure.name for figure in found] == [
-        *(IMITATION, f"{IMITATION}-certificate-scpo", f"{IMITATION}-pareto"),
-        *(REGRESSION, f"{REGRESSION}-certificate-scpo", f"{REGRESSION}-pareto"),
+        *(f"{IMITATION}{end}" for end in ("", "-certificate-scpo", "-pareto", "-steps")),
+        *(f"{REGRESSION}{end}" for end in ("", "-certificate-scpo", "-pareto", "-steps")),
         "profile",
     ]
     assert [one.name for one in found[0].panels[0].series] == ["scpo", "sgd"]
@@ -329,7 +350,7 @@ def test_the_largest_allowed_numbers_do_not_overflow(tmp_path):
     updates[2] = updates[2].model_copy(update=extreme)
     write_record(tmp_path, "s", cell, updates)
     found = suite_figures(tmp_path, "s", None, REFERENCES)
-    assert len(found.figures) == 2
+    assert len(found.figures) == 3
     json.dumps([asdict(figure) for figure in found.figures], allow_nan=False)
     for figure in found.figures:
         draw(figure)
@@ -402,7 +423,7 @@ def test_files_of_a_suite(tmp_path, monkeypatch):
     formats = ("png", "svg", "pdf")
     paths = plot_suite(tmp_path, "s", tmp_path / "a", formats)
     stem = "scpo_bench-DoubleIntegratorImitation-v0"
-    stems = [stem, f"{stem}-certificate-scpo", f"{stem}-pareto"]
+    stems = [stem, f"{stem}-certificate-scpo", f"{stem}-pareto", f"{stem}-steps"]
     assert [p.name for p in paths] == [f"{stem}.{format}" for stem in stems for format in formats]
     magic = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}
     for path, again in zip(paths, plot_suite(tmp_path, "s", tmp_path / "b", formats)):

@@ -30,9 +30,14 @@ class RunCurves:
 
         series = [name for name in Update.model_fields if name.startswith("iterate_")]
         names = dict.fromkeys(name for update in updates for name in update.diagnostics)
+        measured = {name: column([getattr(u, name) for u in updates]) for name in series}
+        # As numbers of any size: a record may hold anything.
+        measured["total_steps"] = column(
+            [float(u.interaction_steps + u.probe_steps) for u in updates]
+        )
         return cls(
             cell,
-            {name: column([getattr(update, name) for update in updates]) for name in series},
+            measured,
             {name: column([update.diagnostics.get(name) for update in updates]) for name in names},
         )
 

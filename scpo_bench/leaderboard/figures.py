@@ -293,6 +293,21 @@ def pareto_panel(rows: Sequence[Row], styles: Styles) -> Panel | None:
     return panel("Lower right is better", y_label, series, x_label=x_label, limit=limit)
 
 
+def steps_panel(groups: Groups, styles: Styles) -> Panel:
+    """Objective or return against all simulation steps until then, probes included."""
+    series: dict[str, list[Series]] = {"objective": [], "return": []}
+    for agent, runs in groups.items():
+        totals = np.nanmedian(stack([run.series["total_steps"] for run in runs]), axis=0)
+        for name, found in series.items():
+            updates, *curves = band([run.series[f"iterate_{name}"] for run in runs])
+            steps = totals[updates.astype(int)]
+            drawn = [curve[steps > 0] for curve in (steps, *curves)]
+            found.append(_line(agent, styles[agent], np.log10(drawn[0]), *drawn[1:]))
+    better = "objective" if any(one.x for one in series["objective"]) else "return"
+    title = {"objective": "Objective (lower is better)", "return": "Return (higher is better)"}
+    return panel(title[better], better, series[better], x_label="all steps, log10")
+
+
 def profile_panel(aggregates: Sequence[Aggregate], styles: Styles) -> Panel:
     """Which share of an agent's runs closes more than x of the gap, with its pointwise band."""
     drawn = profile_range(aggregates)
@@ -381,4 +396,6 @@ def _figures_of_task(
     if (pareto := pareto_panel(rows, styles)) is not None:
         title = f"{printable(task)}: score against violations"
         figures.append(Figure(suite, task, f"{task}-pareto", title, [pareto], 1))
+    title = f"{printable(task)}: against all simulation steps"
+    figures.append(Figure(suite, task, f"{task}-steps", title, [steps_panel(groups, styles)], 1))
     return figures

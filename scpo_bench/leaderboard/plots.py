@@ -59,7 +59,8 @@ def plot_suite(
     Per task ``<task>.<format>``: objective (or return), worst constraint value (or cost), and share
     of seeds whose iterate violates, per update, median and quartiles over seeds. For each agent
     that records a certificate also ``<task>-certificate-<agent>.<format>``, for several agents
-    ``<task>-pareto.<format>``. Over several tasks with committed constants ``profile.<format>``, in
+    ``<task>-pareto.<format>``; the objective against all simulation steps in
+    ``<task>-steps.<format>``. Over several tasks with committed constants ``profile.<format>``, in
     which ``planned`` cells without a record count at the floor.
     """
     for name in formats:
