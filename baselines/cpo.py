@@ -101,11 +101,8 @@ class CPO(ConstrainedOnPolicy):
         c = float(episodic_cost[0] - config.limits()[0]) / episode_length
 
         step, direction, (q, r, s) = self._solve(actor, batch, g, b, c)
-        recovery = step.case is Case.RECOVERY
         advantages = (reward_advantages, cost_advantages)
-        accepted, fraction, tried = self._line_search(
-            actor, batch, head, direction, *advantages, c, recovery
-        )
+        accepted, fraction, tried = self._line_search(actor, batch, head, direction, *advantages, c)
 
         errors = [0.0, 0.0]
         for _ in range(config.critic_passes):
@@ -167,12 +164,13 @@ class CPO(ConstrainedOnPolicy):
         reward_advantages: Array,
         cost_advantages: Array,
         c: float,
-        recovery: bool,
     ) -> tuple[Surrogates, float, int]:
         """Take the longest step that keeps the KL bound, the constraint and the reward.
 
-        A recovery step may lose reward. Returns (surrogates, step fraction, lengths tried). On
-        failure theta is restored exactly, and the fraction is 0.
+        While the policy is infeasible (c > 0) a step may lose reward: the way back to the limit
+        costs some. Returns (surrogates, step fraction, lengths tried). On failure theta is restored
+        exactly, and the fraction is 0.
+        Source: OmniSafe 0.5.0, algorithms/on_policy/second_order/cpo.py, ``_cpo_search_step``.
         """
         config, theta = self.config, actor.mlp.theta
         old_theta, old_extra = theta.copy(), actor.dist_extra()
@@ -189,7 +187,7 @@ class CPO(ConstrainedOnPolicy):
                     float(np.mean(change * cost_advantages, dtype=np.float64)),
                     actor.kl(old_head, old_extra, head),
                 )
-            keeps_reward = recovery or at.reward_gain >= 0
+            keeps_reward = c > 0 or at.reward_gain >= 0
             keeps_cost = at.cost_gain <= max(-c, 0.0)
             if at.finite() and at.kl <= config.target_kl and keeps_reward and keeps_cost:
                 return at, fraction, tried

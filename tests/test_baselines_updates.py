@@ -281,8 +281,8 @@ def test_cpo_solves_the_subproblem_of_its_data(monkeypatch):
         seen["subproblem"] = arguments
         return TrustRegionStep(Case.FROM_INSIDE, 2.0, -3.0, 1.0, 1.0)
 
-    def search(actor, batch, head, direction, reward, cost, c, recovery):
-        seen["search"] = (direction, reward, cost, c, recovery)
+    def search(actor, batch, head, direction, reward, cost, c):
+        seen["search"] = (direction, reward, cost, c)
         return cpo.Surrogates(0.0, 0.0, 0.0), 0.0, 1
 
     agent._batch, agent._line_search = batch, search
@@ -313,7 +313,7 @@ def test_cpo_solves_the_subproblem_of_its_data(monkeypatch):
     np.testing.assert_allclose(direction, 2 * on_g - 3 * on_b, rtol=1e-2, atol=1e-3)
     np.testing.assert_allclose(seen["search"][1], reward, atol=1e-5)
     np.testing.assert_allclose(seen["search"][2], cost, atol=1e-6)
-    assert seen["search"][3:] == (c, False)
+    assert seen["search"][3] == c
     assert agent.diagnostics["c"] == c
 
 
@@ -333,7 +333,7 @@ def test_cpo_fisher_matrix_of_every_nth_state():
 # ---- CPO's line search ----
 
 
-def line_search(agent, direction_scale, c, recovery=False, **overrides):
+def line_search(agent, direction_scale, c, **overrides):
     """(theta before, theta after, result) of one line search along scale * ones, on fresh data."""
     actor = actor_of(agent.policy)
     batch = agent._batch(actor, agent._critics())
@@ -342,7 +342,7 @@ def line_search(agent, direction_scale, c, recovery=False, **overrides):
     direction = np.full_like(before, direction_scale)
     zeros = np.zeros(len(batch.observations), np.float32)
     given = {"reward_advantages": zeros, "cost_advantages": zeros} | overrides
-    result = agent._line_search(actor, batch, head, direction, **given, c=c, recovery=recovery)
+    result = agent._line_search(actor, batch, head, direction, **given, c=c)
     return before, actor.mlp.theta, result
 
 
@@ -394,20 +394,20 @@ def test_line_search_takes_the_longest_step_within_the_trust_region(collected):
 
 
 @pytest.mark.parametrize(
-    ("reward", "cost", "c", "recovery", "accepted"),
+    ("reward", "cost", "c", "accepted"),
     [
-        (1.0, 0.0, -1.0, False, True),
-        (-1.0, 0.0, -1.0, False, False),  # loses reward
-        (-1.0, 0.0, 1.0, True, True),  # which a recovery step may
-        (0.0, 1.0, -10.0, False, True),  # costs less than what is left
-        (0.0, 1.0, -1e-6, False, False),  # costs more than what is left
-        (0.0, 1.0, 1.0, False, False),  # from outside, the cost must not rise at all
-        (0.0, -1.0, 1.0, True, True),
-        (0.0, 1.0, 1.0, True, False),
+        (1.0, 0.0, -1.0, True),
+        (-1.0, 0.0, -1.0, False),  # loses reward
+        (-1.0, 0.0, 0.0, False),
+        (-1.0, 0.0, 1e-9, True),  # which a step from outside may
+        (0.0, 1.0, -10.0, True),  # costs less than what is left
+        (0.0, 1.0, -1e-6, False),  # costs more than what is left
+        (0.0, 1.0, 1.0, False),  # from outside, the cost must not rise at all
+        (-1.0, -1.0, 1.0, True),
     ],
 )
-def test_line_search_conditions(collected, reward, cost, c, recovery, accepted):
-    """A step is taken only if it keeps the reward (recovery excepted) and the constraint.
+def test_line_search_conditions(collected, reward, cost, c, accepted):
+    """A step is taken only if it keeps the constraint and, from inside the limit, the reward.
 
     Advantages are chosen along the step: (ratio - 1) has the sign of its own value at that step.
     """
@@ -422,7 +422,6 @@ def test_line_search_conditions(collected, reward, cost, c, recovery, accepted):
         collected,
         1e-3,
         c,
-        recovery,
         reward_advantages=reward * along,
         cost_advantages=cost * along,
     )
