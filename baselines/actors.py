@@ -30,6 +30,9 @@ class Actor:
     The output is first multiplied by the backup's residual scale, if it has one.
     """
 
+    action_dims: int = 1
+    """Dimensions that log-likelihoods and KL divergences are summed over."""
+
     def __init__(self, policy: ActorCriticPolicy, extra: list[nn.Parameter]) -> None:
         self.backup: nn.Module | None = None
         extractor: Any = policy.mlp_extractor
@@ -114,6 +117,7 @@ class GaussianActor(Actor):
 
     def __init__(self, policy: ActorCriticPolicy) -> None:
         super().__init__(policy, [policy.log_std])
+        self.action_dims = policy.log_std.numel()
 
     def sample(self, head: Array, rng: np.random.Generator) -> NDArray[Any]:
         return head + np.exp(self.mlp.extra[0]) * rng.standard_normal(head.shape, dtype=head.dtype)

@@ -1,13 +1,11 @@
-"""CPO's trust-region subproblem in closed form, and the conjugate gradient method that feeds it."""
+"""CPO's trust-region subproblem in closed form."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
-from numpy.typing import NDArray
 
 
 class Case(IntEnum):
@@ -73,29 +71,3 @@ def trust_region_step(
     on_reward = 1.0 / kl_multiplier
     on_cost = -c / s - on_reward * r / s
     return TrustRegionStep(case, on_reward, on_cost, kl_multiplier, cost_multiplier)
-
-
-def conjugate_gradient(
-    product: Callable[[NDArray[np.floating]], NDArray[np.floating]],
-    rhs: NDArray[np.floating],
-    iterations: int,
-    tolerance: float = 1e-10,
-) -> NDArray[np.floating]:
-    """Approximate A^-1 rhs [P] for symmetric positive definite A given as ``product``: v -> A v.
-
-    Stops after ``iterations`` or when the squared residual falls to tolerance * |rhs|^2.
-    Source: Hestenes & Stiefel 1952; Nocedal & Wright 2006, algorithm 5.2.
-    """
-    x = np.zeros_like(rhs)
-    residual, direction = rhs.copy(), rhs.copy()
-    norm = start = float(residual @ residual)
-    for _ in range(iterations):
-        if norm <= tolerance * start:
-            break
-        curved = product(direction)
-        step = norm / float(direction @ curved)
-        x += step * direction
-        residual -= step * curved
-        previous, norm = norm, float(residual @ residual)
-        direction = residual + (norm / previous) * direction
-    return x

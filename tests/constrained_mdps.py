@@ -1,4 +1,4 @@
-"""Two small constrained MDPs with known optima, as scalar and vectorised environments."""
+"""Small constrained MDPs with known optima, as scalar and vectorised environments."""
 
 from __future__ import annotations
 
@@ -91,6 +91,15 @@ class Speed:
     def step(self, state: Any, actions: Any, rng: np.random.Generator) -> Any:
         following = 0.8 * state + 0.2 * actions[:, 0]
         return following, following.copy(), following**2
+
+
+class SharedSpeed(Speed):
+    """Speed with a = (a1 + a2) / 2: the same optimum, with two action dimensions."""
+
+    action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
+
+    def step(self, state: Any, actions: Any, rng: np.random.Generator) -> Any:
+        return super().step(state, actions.mean(axis=1, keepdims=True), rng)
 
 
 class MdpEnv(gym.Env):

@@ -167,7 +167,7 @@ def test_updates_lie_between_rollouts_and_publish_diagnostics(agent_class):
     needed = {"multiplier", "kl", "episodic_cost"}
     needed |= {
         PPOLagrangian: {"passes"},
-        CPO: {"case", "updates_recovery", "step_fraction"},
+        CPO: {"case", "updates_recovery", "step_fraction", "kl_bound"},
         CVPO: {"kkt_residual", "cost_value_excess", "effective_sample_size", "recoveries"},
     }[agent_class]
     assert needed <= set(agent.diagnostics)

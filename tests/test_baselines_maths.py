@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy.optimize import LinearConstraint, NonlinearConstraint, brentq, minimize
 
 from scpo_bench.advantages import discounted_sums, generalised_advantages, next_values
-from scpo_bench.baselines.cpo_dual import Case, conjugate_gradient, trust_region_step
+from scpo_bench.baselines.cpo_dual import Case, trust_region_step
 from scpo_bench.baselines.cvpo_dual import cost_threshold, e_step, softmax_with_kl, tilt_to_kl
 from scpo_bench.baselines.episode_costs import EpisodeCosts
 from scpo_bench.baselines.multipliers import (
@@ -23,6 +23,7 @@ from scpo_bench.baselines.multipliers import (
     projected_adam_ascent,
     projected_ascent,
 )
+from scpo_bench.baselines.trust_region import conjugate_gradient
 from scpo_bench.configuration import resolve_config
 
 INSTANCES = 1000

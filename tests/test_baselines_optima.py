@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from constrained_mdps import MdpVecEnv, Speed, TwoState, episode_means
+from stable_baselines3.common.callbacks import BaseCallback
 
 from scpo_bench.baselines.cpo import CPO
 from scpo_bench.baselines.cvpo import CVPO
@@ -55,12 +56,42 @@ CVPO_CONFIG = {
 }
 
 
-def learn(agent_class, mdp, config, steps, seed, num_envs=10):
-    """(agent, environment) after ``steps`` steps."""
+def make(agent_class, mdp, config, seed, num_envs=10):
+    """(agent, environment) before any step."""
     env = MdpVecEnv(mdp, num_envs)
     policy_kwargs = {} if agent_class is CVPO else {"net_arch": [32, 32]}
     config = config | {"cost_limit": mdp.cost_limit, "policy_kwargs": policy_kwargs}
-    return agent_class("MlpPolicy", env, seed=seed, **config).learn(steps), env
+    return agent_class("MlpPolicy", env, seed=seed, **config), env
+
+
+def learn(agent_class, mdp, config, steps, seed, num_envs=10):
+    """(agent, environment) after ``steps`` steps."""
+    agent, env = make(agent_class, mdp, config, seed, num_envs)
+    return agent.learn(steps), env
+
+
+class TrainingCosts(BaseCallback):
+    """``costs``: the mean cost of each update's finished episodes."""
+
+    def __init__(self):
+        super().__init__()
+        self.costs = []
+
+    def _on_step(self):
+        return True
+
+    def _on_rollout_end(self):
+        self.costs.append(float(np.mean(self.model.episode_costs.finished)))
+
+
+def costs_from_full_speed(agent_class, config, updates, seed):
+    """Training costs [updates] on Speed (limit 10) of a policy that starts near a = 1 (cost 27)."""
+    agent, _ = make(agent_class, Speed(), config, seed)
+    with torch.no_grad():
+        agent.policy.action_net.bias.fill_(1.0)
+    recorder = TrainingCosts()
+    agent.learn(updates * config["steps_per_update"], recorder)
+    return np.array(recorder.costs)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +123,19 @@ def test_on_policy_agents_end_at_the_known_optimum(agent_class, mdp, config, ste
     reached, cost = np.median(np.array(results), axis=0)
     assert reached >= 0.95 * mdp.optimal_return, results
     assert cost <= 1.05 * mdp.cost_limit, results
+
+
+def test_cpo_comes_back_from_outside_and_stays_at_the_limit():
+    """A line search that insists on reward freezes the policy above the limit, for good.
+
+    The way back costs reward, in recovery steps and in steps whose trust region reaches the limit.
+    At the limit, where the optimum lies, half of the updates are above it by chance.
+    """
+    runs = [costs_from_full_speed(CPO, CPO_CONFIG, 40, seed) for seed in range(5)]
+    costs_SU = np.array(runs)
+    assert costs_SU[:, 0].min() > 20.0  # far outside
+    np.testing.assert_allclose(costs_SU[:, -20:].mean(axis=1), 10.0, rtol=0.01)
+    assert np.median((costs_SU[:, -20:] > 10.0).sum(axis=1)) <= 10
 
 
 @pytest.mark.parametrize(
