@@ -9,13 +9,16 @@ Source: Liu et al. 2022, arXiv 2201.11927, equations 8-10.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import brentq
 
 Array = NDArray[np.float64]
 MIN_LOG_ETA, MAX_LOG_ETA = -14.0, 14.0  # of eta in units of the spread of Q_r
+NEWTON_RESIDUAL = 1e-8  # KKT residual above which Newton's method has not converged
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ def _covariances(q: Array, a: Array, b: Array) -> tuple[float, float, float]:
 
 
 def e_step(
-    q_reward: Array, q_cost: Array, eps: float, threshold: float, max_iterations: int = 60
+    q_reward: Array, q_cost: Array, eps: float, threshold: float, max_iterations: int = 30
 ) -> EStep:
     """Solve the E-step for Q values [B, K] of K actions per state, drawn from the old policy.
 
@@ -156,6 +159,9 @@ def e_step(
     elif not np.any(reward):
         return finish(np.full_like(reward, 1.0 / reward.shape[1]), 1.0, 0.0, 0.0, 0, False)
     x, lam, kkt, iterations = _minimise_dual(reward, cost, eps, slack, max_iterations)
+    if kkt > NEWTON_RESIDUAL:
+        x, lam, kkt, evaluations = _nested_roots(reward, cost, eps, slack)
+        iterations += evaluations
     weights = softmax_with_kl((reward - lam * cost) * np.exp(-x))[0]
     return finish(weights, float(np.exp(x)), lam, kkt, iterations, False)
 
@@ -231,7 +237,8 @@ def _minimise_dual(
             dlam = -(h_xx * at.g_lam - h_xl * g_x) / determinant
         else:
             dx, dlam = -g_x / max(h_xx, 1e-300), -at.g_lam / max(h_ll, 1e-300)
-        shrink = min(1.0, 2.0 / max(abs(dx), 1e-300))  # at most a factor e^2 in eta at once
+        # At most a factor e^2 in eta at once, and 100 in 1 + lam: on a flat dual, more overflows.
+        shrink = min(1.0, 2.0 / max(abs(dx), 1e-300), 100 * (1 + at.lam) / max(abs(dlam), 1e-300))
         for halving in range(40):
             step = shrink * 0.5**halving
             new_x = float(np.clip(at.x + step * dx, MIN_LOG_ETA, MAX_LOG_ETA))
@@ -245,3 +252,45 @@ def _minimise_dual(
             return at.x, at.lam, at.kkt, iteration
         at = new
     return at.x, at.lam, at.kkt, max_iterations
+
+
+def _nested_roots(
+    reward: Array, cost: Array, eps: float, slack: float
+) -> tuple[float, float, float, int]:
+    """As ``_minimise_dual``, by bracketing: lam at a given eta, inside eta.
+
+    For instances on which Newton's method stalls: eta goes to 0 where the KL bound is not active
+    (it exceeds what any q needs, or Q_c is a multiple of Q_r), and the dual has a kink there.
+    At given eta, E_q[cost] falls in lam; along those lam, the dual is convex in eta with slope eps
+    - KL, so KL falls in eta.
+    """
+    evaluations = 0
+
+    def at(x: float, lam: float) -> _DualPoint:
+        nonlocal evaluations
+        evaluations += 1
+        return _dual_point(reward, cost, eps, slack, x, lam)
+
+    def root(function: Callable[[float], float], low: float, high: float) -> float:
+        return float(brentq(function, low, high, xtol=1e-300, rtol=4 * np.finfo(float).eps))
+
+    def cheapest_feasible(x: float) -> float:
+        """The smallest lam >= 0 at which the cost is at most ``slack``."""
+        if at(x, 0.0).g_lam >= 0.0:
+            return 0.0
+        high = 1.0
+        while at(x, high).g_lam < 0.0 and high < 1e15:
+            high *= 2.0
+        if at(x, high).g_lam < 0.0:
+            return high
+        return root(lambda lam: at(x, lam).g_lam, 0.0, high)
+
+    def kl_slack(x: float) -> float:
+        return at(x, cheapest_feasible(x)).g_eta
+
+    x = MIN_LOG_ETA
+    if kl_slack(x) < 0.0:
+        reaches = kl_slack(MAX_LOG_ETA) > 0.0
+        x = root(kl_slack, MIN_LOG_ETA, MAX_LOG_ETA) if reaches else MAX_LOG_ETA
+    best = at(x, cheapest_feasible(x))
+    return best.x, best.lam, best.kkt, evaluations

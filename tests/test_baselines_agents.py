@@ -22,10 +22,19 @@ from scpo_bench.baselines.cpo_dual import Case
 from scpo_bench.baselines.cvpo import CVPO
 from scpo_bench.baselines.on_policy import ConstrainedOnPolicy
 from scpo_bench.baselines.ppo_lagrangian import PPOLagrangian
+from scpo_bench.baselines.sac_lagrangian import SACLagrangian
 from scpo_bench.policies import AffineBackup, BackupActorCriticPolicy
 
 torch.set_num_threads(1)  # tiny networks: more threads only get in each other's way
 
+OFF_POLICY = {
+    "steps_per_update": 100,
+    "learning_starts": 100,
+    "updates_per_step": 0.05,
+    "batch_size": 32,
+    "net_arch": (16, 16),
+    "buffer_size": 2000,
+}
 SMALL = {
     PPOLagrangian: {
         "steps_per_update": 400,
@@ -34,18 +43,11 @@ SMALL = {
         "actor_lr_decay": False,
     },
     CPO: {"steps_per_update": 400, "critic_passes": 3, "batch_size": 100},
-    CVPO: {
-        "steps_per_update": 100,
-        "learning_starts": 100,
-        "updates_per_step": 0.05,
-        "batch_size": 32,
-        "net_arch": (16, 16),
-        "buffer_size": 2000,
-        "episode_steps": 40,
-    },
+    CVPO: OFF_POLICY | {"episode_steps": 40},
+    SACLagrangian: OFF_POLICY,
 }
 AGENTS = list(SMALL)
-STEPS = {PPOLagrangian: 1600, CPO: 1600, CVPO: 600}
+STEPS = {PPOLagrangian: 1600, CPO: 1600, CVPO: 600, SACLagrangian: 600}
 
 
 def make(agent_class, env=None, seed=0, **config):
@@ -164,11 +166,12 @@ def test_updates_lie_between_rollouts_and_publish_diagnostics(agent_class):
     n = recorder.events.count("end")
     assert recorder.events == ["start", "step", "end"] * n
     assert n >= 3
-    needed = {"multiplier", "kl", "episodic_cost"}
+    needed = {"multiplier", "episodic_cost"}
     needed |= {
-        PPOLagrangian: {"passes"},
-        CPO: {"case", "updates_recovery", "step_fraction", "kl_bound"},
-        CVPO: {"kkt_residual", "cost_value_excess", "effective_sample_size", "recoveries"},
+        PPOLagrangian: {"kl", "passes"},
+        CPO: {"kl", "case", "updates_recovery", "step_fraction", "kl_bound"},
+        CVPO: {"kl_mean", "kl_covariance", "kkt_residual", "cost_value_excess", "recoveries"},
+        SACLagrangian: {"entropy", "temperature"},
     }[agent_class]
     assert needed <= set(agent.diagnostics)
     for diagnostics in recorder.diagnostics[3:]:
@@ -196,7 +199,8 @@ def test_works_with_sb3_wrappers_monitor_and_evaluation(agent_class):
 def test_starts_at_the_backup(agent_class):
     """``start: backup``: the untrained policy is exactly the backup, and training changes it."""
     backup = AffineBackup([[-0.5]], [0.25])
-    policy = "MlpPolicy" if agent_class is CVPO else BackupActorCriticPolicy
+    on_policy = issubclass(agent_class, ConstrainedOnPolicy)
+    policy = BackupActorCriticPolicy if on_policy else "MlpPolicy"
     config = SMALL[agent_class] | {"cost_limit": np.inf}
     agent = agent_class(
         policy, MdpVecEnv(Speed(), 5), seed=0, policy_kwargs={"backup": backup}, **config
@@ -224,12 +228,13 @@ def test_starts_at_the_backup(agent_class):
 
 
 def test_discrete_actions_on_policy():
-    """PPO-Lagrangian and CPO support discrete actions; CVPO, a Gaussian, refuses them."""
+    """PPO-Lagrangian and CPO support discrete actions; Gaussian policies refuse them."""
     for agent_class in (PPOLagrangian, CPO):
         agent = make(agent_class, MdpVecEnv(TwoState(discrete=True), 5)).learn(800)
         assert agent.predict(np.eye(2, dtype=np.float32))[0].shape == (2,)
-    with pytest.raises(AssertionError, match="Box"):
-        make(CVPO, MdpVecEnv(TwoState(discrete=True), 5))
+    for agent_class in (CVPO, SACLagrangian):
+        with pytest.raises(AssertionError, match="Box"):
+            make(agent_class, MdpVecEnv(TwoState(discrete=True), 5))
 
 
 def test_float64_spaces():
@@ -301,9 +306,9 @@ def test_configuration_errors_name_the_field(agent_class):
         make(agent_class, cost_limit=-1.0)
 
 
-@pytest.mark.parametrize("agent_class", [CPO, CVPO])
-def test_several_constraints_are_refused_where_the_dual_has_one(agent_class):
-    """CPO and CVPO refuse several constraints: using only the first would be unsafe."""
+@pytest.mark.parametrize("agent_class", [CPO, CVPO, SACLagrangian])
+def test_several_constraints_are_refused_where_one_is_covered(agent_class):
+    """Several constraints are refused: using only the first would be unsafe."""
     with pytest.raises(ValueError, match="one constraint"):
         make(agent_class, cost_keys=("cost", "other"), cost_limit=(1.0, 2.0))
 
@@ -433,6 +438,13 @@ UNCONSTRAINED = {
         "mean_kl_bound": 0.05,
         "updates_per_step": 0.2,
     },
+    SACLagrangian: {
+        "gamma": 0.9,
+        "actor_lr": 2e-3,
+        "critic_lr": 2e-3,
+        "updates_per_step": 0.2,
+        "temperature_init": 0.01,
+    },
 }
 
 
@@ -440,7 +452,7 @@ UNCONSTRAINED = {
 def test_without_a_limit_the_unconstrained_optimum_is_reached(agent_class):
     """Without a limit the agents reach the unconstrained optimum, full throttle, within 5 %."""
     agent = make(agent_class, cost_limit=np.inf, **UNCONSTRAINED[agent_class])
-    agent.learn(12_000 if agent_class is not CVPO else 3000)
+    agent.learn(12_000 if issubclass(agent_class, ConstrainedOnPolicy) else 3000)
     reached, _ = episode_means(agent, Speed(), deterministic=True)
     assert reached >= 0.95 * Speed().unconstrained_return
 

@@ -16,6 +16,12 @@ from scipy.optimize import LinearConstraint, NonlinearConstraint, brentq, minimi
 from scpo_bench.advantages import discounted_sums, generalised_advantages, next_values
 from scpo_bench.baselines.cpo_dual import Case, trust_region_step
 from scpo_bench.baselines.cvpo_dual import cost_threshold, e_step, softmax_with_kl, tilt_to_kl
+from scpo_bench.baselines.cvpo_m_step import (
+    gaussian_kl_split,
+    multipliers,
+    weighted_moments,
+    weighted_nll_split,
+)
 from scpo_bench.baselines.episode_costs import EpisodeCosts
 from scpo_bench.baselines.multipliers import (
     Multipliers,
@@ -568,8 +574,6 @@ def test_gaussian_kl_split_by_hand():
     A shift by one old deviation: KL_mu = 1/2 each. A doubled deviation: KL_Sigma = (1/4 - 1 + 2 ln
     2)/2 each.
     """
-    from scpo_bench.baselines.cvpo_policy import gaussian_kl_split
-
     old_mean, old_std = torch.zeros(1, 2), torch.tensor([[1.0, 3.0]])
     kl_mean, kl_covariance = gaussian_kl_split(
         torch.tensor([[1.0, 3.0]]), 2 * old_std, old_mean, old_std
@@ -578,20 +582,71 @@ def test_gaussian_kl_split_by_hand():
     assert kl_covariance.item() == pytest.approx(0.25 - 1 + 2 * np.log(2.0), rel=1e-6)
 
 
+def test_weighted_moments_by_hand():
+    """Two samples at -1 and 3 old deviations, weighted 1/4 and 3/4.
+
+    The excess over uniform weights is -1/4 and 1/4: first moment (1 + 3)/4 = 1, second 1 + (9 -
+    1)/4 = 3. Uniform weights have the old policy's own moments, 0 and 1, whatever the samples.
+    """
+    old_mean, old_std = torch.tensor([[5.0]]), torch.tensor([[2.0]])
+    actions = torch.tensor([[[3.0], [11.0]]])
+    first, second = weighted_moments(actions, torch.tensor([[0.25, 0.75]]), old_mean, old_std)
+    assert (first.item(), second.item()) == (1.0, 3.0)
+    first, second = weighted_moments(actions, torch.tensor([[0.5, 0.5]]), old_mean, old_std)
+    assert (first.item(), second.item()) == (0.0, 1.0)
+
+
+def test_m_step_multipliers_by_hand():
+    """Shifts of (2, 0) and (0, 2) deviations: KL 2, 16 times a bound of 1/8, so 1 + alpha = 4.
+
+    Second moments (1.2, 1) and (1, 0.8): KL 0.2^2 / 4 = 0.01, four times a bound of 0.0025, so 1 +
+    beta = 2. Within the bounds both multipliers are 0.
+    """
+    first, second = torch.tensor([[2.0, 0.0], [0.0, 2.0]]), torch.tensor([[1.2, 1.0], [1.0, 0.8]])
+    assert multipliers(first, second, 0.125, 0.0025) == pytest.approx((3.0, 1.0), rel=1e-5)
+    assert multipliers(first, second, 2.0, 0.01) == pytest.approx((0.0, 0.0), abs=1e-6)
+    assert multipliers(first, second, 3.0, 0.1) == (0.0, 0.0)
+
+
+def test_m_step_multipliers_make_the_fit_meet_its_bounds():
+    """The policy that minimises the Lagrangian at these multipliers has exactly the bounds' KL."""
+    torch.manual_seed(0)
+    first, second = torch.randn(20, 3).double(), 1 + 0.1 * torch.randn(20, 3).double()
+    alpha, beta = multipliers(first, second, 0.1, 0.0005)
+    shift = torch.zeros(20, 3, dtype=torch.double, requires_grad=True)
+    ratio = torch.ones(20, 3, dtype=torch.double, requires_grad=True)
+    optimiser = torch.optim.LBFGS([shift, ratio], max_iter=200, tolerance_grad=1e-12)
+    old = torch.zeros_like(shift), torch.ones_like(ratio)
+
+    def closure():
+        optimiser.zero_grad()
+        kl = [kl.mean() for kl in gaussian_kl_split(shift, ratio, *old)]
+        fit = weighted_nll_split(shift, ratio, first, second)
+        loss = fit + alpha * kl[0] + beta * kl[1]
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    kl_mean, kl_std = (kl.mean().item() for kl in gaussian_kl_split(shift, ratio, *old))
+    assert kl_mean == pytest.approx(0.1, rel=1e-4)
+    assert kl_std == pytest.approx(0.0005, rel=0.05)  # to second order
+
+
 def test_weighted_likelihood_is_the_sum_over_samples():
     """The form in moments agrees with torch's densities.
 
-    q sums to one over the K samples, so the samples are summed, not averaged.
+    q sums to one over the K samples, so the samples are summed, not averaged. The samples' own
+    moments under uniform weights are 0 and 1 here, as those of the old policy are.
     """
-    from scpo_bench.baselines.cvpo_policy import weighted_nll_split
-
     torch.manual_seed(0)
     mean, old_mean = torch.randn(2, 3, 2, dtype=torch.float64)
     std, old_std = torch.rand(2, 3, 2, dtype=torch.float64) + 0.5
-    actions, weights = (
-        torch.randn(3, 4, 2, dtype=torch.float64),
-        torch.rand(3, 4, dtype=torch.float64).softmax(dim=1),
-    )
+    noise = torch.randn(3, 4, 2, dtype=torch.float64)
+    noise -= noise.mean(dim=1, keepdim=True)
+    noise /= noise.square().mean(dim=1, keepdim=True).sqrt()
+    actions = old_mean.unsqueeze(1) + noise * old_std.unsqueeze(1)
+    weights = torch.rand(3, 4, dtype=torch.float64).softmax(dim=1)
+    moments = weighted_moments(actions, weights, old_mean, old_std)
 
     def direct(mean, std):
         normal = torch.distributions.Normal
@@ -599,10 +654,11 @@ def test_weighted_likelihood_is_the_sum_over_samples():
         b = normal(old_mean.unsqueeze(1), std.unsqueeze(1)).log_prob(actions).sum(-1)
         return -(weights * (a + b)).sum(dim=1).mean()
 
+    def by_moments(mean, std):
+        return weighted_nll_split((mean - old_mean) / old_std, std / old_std, *moments)
+
     other = (mean + 0.3, std * 1.2)
-    difference = weighted_nll_split(
-        *other, old_mean, old_std, actions, weights
-    ) - weighted_nll_split(mean, std, old_mean, old_std, actions, weights)
+    difference = by_moments(*other) - by_moments(mean, std)
     assert difference.item() == pytest.approx((direct(*other) - direct(mean, std)).item())
 
 

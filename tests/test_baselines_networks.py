@@ -12,8 +12,8 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
 from scpo_bench.baselines.actors import actor_of
-from scpo_bench.baselines.cvpo_policy import Critics
 from scpo_bench.baselines.networks import Adam, Mlp, sequential_layers
+from scpo_bench.baselines.off_policy_networks import Critics, GaussianActor
 from scpo_bench.baselines.ppo_lagrangian import clipped_surrogate_weights
 from scpo_bench.baselines.replay import FIELDS, CostReplay
 from scpo_bench.policies import AffineBackup, BackupActorCriticPolicy
@@ -239,6 +239,29 @@ def test_critics_equal_the_networks_written_out():
     torch.testing.assert_close(measured, losses.detach(), rtol=1e-5, atol=1e-6)
     for parameter, gradient in zip(critics.parameters(), expected):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+    chosen = actions[:, 0].requires_grad_()
+    values = written_out(chosen.unsqueeze(1)).squeeze(2)
+    measured = critics.of_actions(observations, chosen)
+    torch.testing.assert_close(measured, values, rtol=1e-5, atol=1e-6)
+    for of_values in (measured, values):
+        chosen.grad = None
+        before = [p.grad.clone() for p in critics.parameters()]
+        (of_values * targets).sum().backward(retain_graph=True)
+        if of_values is measured:
+            slope = chosen.grad
+            for parameter, gradient in zip(critics.parameters(), before):
+                assert torch.equal(parameter.grad, gradient)  # the critics are not trained by it
+    torch.testing.assert_close(slope, chosen.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_actor_entropy_is_that_of_torch_in_half_ranges():
+    """In environment units the temperature's target would depend on the unit of an action."""
+    space = spaces.Box(np.float32([-1, 0]), np.float32([1, 4]))
+    actor = GaussianActor(3, space, [8], 0.5, None)
+    mean, std = actor(torch.randn(5, 3))
+    scaled = torch.distributions.Normal(mean, std / torch.tensor([1.0, 2.0]))
+    torch.testing.assert_close(actor.entropy(std), scaled.entropy().sum(dim=1))
 
 
 # ---- replay ----

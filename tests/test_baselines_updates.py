@@ -19,10 +19,13 @@ from scpo_bench.baselines.actors import actor_of
 from scpo_bench.baselines.cpo import CPO, CPOConfig
 from scpo_bench.baselines.cvpo import CVPO, CVPOConfig
 from scpo_bench.baselines.cvpo_dual import cost_threshold, e_step
+from scpo_bench.baselines.cvpo_m_step import gaussian_kl_split, multipliers, weighted_moments
 from scpo_bench.baselines.normalisation import normalisation_state, restore_normalisation
+from scpo_bench.baselines.off_policy import ConstrainedOffPolicy
 from scpo_bench.baselines.on_policy import OnPolicyConfig
 from scpo_bench.baselines.ppo_lagrangian import PPOLagrangian
 from scpo_bench.baselines.rollout import Rollout
+from scpo_bench.baselines.sac_lagrangian import SACLagrangian, SACLagrangianConfig
 
 torch.set_num_threads(1)  # the networks are too small for more threads to help
 
@@ -35,14 +38,15 @@ OFF_POLICY = {
     "batch_size": 32,
     "net_arch": (16, 16),
     "buffer_size": 2000,
-    "episode_steps": 40,
     "gamma": 0.9,
 }
 
 
 def make(agent_class, env=None, **config):
     """A small agent on Speed (5 environments, limit 10)."""
-    small = OFF_POLICY if agent_class is CVPO else ON_POLICY
+    small = OFF_POLICY if issubclass(agent_class, ConstrainedOffPolicy) else ON_POLICY
+    if agent_class is CVPO:
+        small = small | {"episode_steps": 40}
     config = {"cost_limit": 10.0} | small | config
     return agent_class("MlpPolicy", env or MdpVecEnv(Speed(), 5), seed=0, **config)
 
@@ -123,7 +127,7 @@ def test_the_batch_of_an_update_has_a_discount_per_signal():
     np.testing.assert_array_equal(batch.observations[:5], agent.rollout_buffer.observations[0])
 
 
-@pytest.mark.parametrize("agent_class", [PPOLagrangian, CPO, CVPO])
+@pytest.mark.parametrize("agent_class", [PPOLagrangian, CPO, CVPO, SACLagrangian])
 def test_cost_estimates_are_of_one_update(agent_class):
     """Episodes of earlier updates are not counted again."""
     agent = make(agent_class, steps_per_update=400)
@@ -132,7 +136,7 @@ def test_cost_estimates_are_of_one_update(agent_class):
     assert agent.episode_costs.all_episodes == 20
 
 
-@pytest.mark.parametrize("agent_class", [PPOLagrangian, CPO, CVPO])
+@pytest.mark.parametrize("agent_class", [PPOLagrangian, CPO, CVPO, SACLagrangian])
 def test_a_reset_from_outside_drops_running_episodes(agent_class):
     """A cost collected before a reset would be charged to an episode that never ended."""
     agent = make(agent_class, **{"steps_per_update": 100})
@@ -299,7 +303,7 @@ def trained_cvpo(**config):
 def test_cvpo_critic_targets(pessimistic):
     """scale (r + gamma r') + gamma^2 Q: Q the lower for rewards, the higher or mean for costs.
 
-    The next actions are the target policy's, clipped to the action space.
+    The next actions are the present policy's, clipped to the action space.
     """
     agent = trained_cvpo(return_scale=0.5, pessimistic_cost=pessimistic, initial_std=2.0)
     policy, seen = agent.policy, {}
@@ -319,7 +323,7 @@ def test_cvpo_critic_targets(pessimistic):
     rewards, costs, discounts = map(torch.from_numpy, (batch.rewards, batch.costs, batch.discounts))
     following = torch.from_numpy(batch.next_observations)
     with torch.no_grad():
-        mean, std = policy.actor_target(following)
+        mean, std = policy.actor(following)
         noise = agent.rng.standard_normal((32, 1, 1), dtype=np.float32)[:, 0]
         actions = (mean + std * torch.from_numpy(noise)).clamp(-1.0, 1.0)
         values = policy.critics_target(following, actions.unsqueeze(1))[:, :, 0]
@@ -352,16 +356,20 @@ def test_cvpo_e_step_gets_values_and_a_threshold_in_the_critics_unit(monkeypatch
 
 
 def test_cvpo_m_step_fits_the_weights_within_the_kl_bounds():
-    """One Adam step on the loss written with torch's densities, and both multipliers by hand."""
-    config = {"mean_kl_bound": 0.001, "covariance_kl_bound": 0.1, "m_step_multiplier_lr": 0.5}
+    """One Adam step on the loss written with torch's densities.
+
+    Of the weights' excess over uniform ones the samples' densities are taken, of the uniform ones
+    the expectation under the old policy: -1/2 shift^2 and -log std - 1/2 (old std / std)^2.
+    """
+    config = {"mean_kl_bound": 0.001, "covariance_kl_bound": 0.0001}
     agent = trained_cvpo(max_grad_norm=1e9, return_scale=0.5, **config)
-    agent.mean_multiplier, agent.covariance_multiplier = 3.0, 7.0
     torch.manual_seed(0)
     observations = torch.rand(6, 1)
     mean, std = (t.detach() for t in agent.policy.actor(observations))
     old_mean, old_std = mean + 0.2 * std, 1.3 * std
     actions = old_mean.unsqueeze(1) + torch.randn(6, 4, 1) * old_std.unsqueeze(1)
     best = e_step(*np.random.default_rng(0).normal(size=(2, 6, 4)), 0.1, 0.0)
+    tilt = torch.from_numpy(best.weights).float() - 0.25
     twin = copy.deepcopy(agent.policy)
     trained = twin.actor_optimizer.param_groups[0]["params"]
     assert {id(p) for p in trained} == {id(p) for p in twin.actor.parameters()}
@@ -372,24 +380,26 @@ def test_cvpo_m_step_fits_the_weights_within_the_kl_bounds():
         Normal(d.loc.unsqueeze(1), d.scale.unsqueeze(1)).log_prob(actions).sum(-1)
         for d in (by_mean, by_std)
     )
-    fit = (torch.from_numpy(best.weights).float() * log_prob).sum(dim=1).mean()
+    uniform = -0.5 * ((mean - old_mean) / old_std) ** 2 - std.log() - 0.5 * (old_std / std) ** 2
+    fit = (tilt * log_prob).sum(dim=1).mean() + uniform.sum(dim=1).mean()
     kl_mean, kl_std = (
         torch.distributions.kl_divergence(Normal(old_mean, old_std), d).sum(-1).mean()
         for d in (by_mean, by_std)
     )
+    moments = weighted_moments(actions, tilt + 0.25, old_mean, old_std)
+    alpha, beta = multipliers(*moments, 0.001, 0.0001)
+    assert alpha > 1.0
+    assert beta > 1.0
     twin.actor_optimizer.zero_grad()
-    (-fit + 3.0 * kl_mean + 7.0 * kl_std).backward()
+    (-fit + alpha * kl_mean + beta * kl_std).backward()
     twin.actor_optimizer.step()
 
     best = dataclasses.replace(best, cost_excess=0.25)
     numbers = agent._m_step(observations, old_mean, old_std, actions, best)
     for measured, expected in zip(agent.policy.actor.parameters(), twin.actor.parameters()):
         torch.testing.assert_close(measured, expected, rtol=1e-4, atol=2e-6)
-    assert agent.mean_multiplier == pytest.approx(3.0 + 0.5 * (kl_mean.item() / 0.001 - 1))
-    assert agent.covariance_multiplier == pytest.approx(7.0 + 0.5 * (kl_std.item() / 0.1 - 1))
-    assert numbers["kl_mean"] == pytest.approx(kl_mean.item(), rel=1e-5)
-    assert numbers["kl_covariance"] == pytest.approx(kl_std.item(), rel=1e-4)
-    assert numbers["kl"] == numbers["kl_mean"] + numbers["kl_covariance"]
+    assert numbers["mean_kl_multiplier"] == pytest.approx(alpha)
+    assert numbers["covariance_kl_multiplier"] == pytest.approx(beta)
     assert numbers["std"] == pytest.approx(std.mean().item())
     assert numbers["cost_value_excess"] == 0.5  # in the environment's unit
     assert numbers["multiplier"] == best.lam
@@ -405,10 +415,10 @@ def test_cvpo_training_phase_is_a_mean_over_its_gradient_steps():
     followed, m_steps = [], []
     agent.policy.follow = followed.append
     agent._e_step = lambda *a: e_step(np.zeros((32, 16)), np.ones((32, 16)), 0.1, 0.0)
-    agent._m_step = lambda *a: (m_steps.append(a), {"kl": float(len(m_steps))})[1]
+    agent._m_step = lambda *a: (m_steps.append(a), {"std": float(len(m_steps))})[1]
     agent.train(4, 32)
     assert followed == [agent.config.tau] * 4
-    assert agent.diagnostics["kl"] == 2.5
+    assert agent.diagnostics["std"] == 2.5
     assert agent.recoveries == agent.diagnostics["recoveries"] == recoveries + 4
     assert agent._n_updates == agent.diagnostics["gradient_updates"] == updates + 4
     _, old_mean, old_std, actions, _ = m_steps[0]
@@ -418,20 +428,89 @@ def test_cvpo_training_phase_is_a_mean_over_its_gradient_steps():
     assert abs(spread.std().item() - 1) < 0.2
 
 
-def test_cvpo_targets_move_by_tau():
-    """targets += tau (networks - targets), for actor and critics alike."""
-    policy = trained_cvpo().policy
-    pairs = ((policy.actor, policy.actor_target), (policy.critics, policy.critics_target))
+def shifted(agent, log_ratio=0.0, shift=0.0):
+    """Change the actor's outputs: the mean before its tanh, the deviation before its softplus."""
     with torch.no_grad():
-        for online, _ in pairs:
-            for p in online.parameters():
-                p += 1.0
-    before = [[p.detach().clone() for p in target.parameters()] for _, target in pairs]
+        agent.policy.actor.mean.bias += shift
+        agent.policy.actor.raw_std.bias += log_ratio
+
+
+def test_cvpo_old_policy_is_the_one_that_collected():
+    """E- and M-step refer to the actor as it was before the update's first gradient step.
+
+    An anchor that follows the actor bounds each gradient step, and not what is deployed.
+    """
+    agent, seen = trained_cvpo(mean_kl_bound=1e9, covariance_kl_bound=1e9), []
+    collected = copy.deepcopy(agent.policy.actor)
+
+    def m_step(observations, old_mean, old_std, *_):
+        for measured, expected in zip((old_mean, old_std), collected(observations)):
+            torch.testing.assert_close(measured, expected)
+        seen.append(agent.policy.actor(observations)[0] - old_mean)
+        shifted(agent, shift=0.5)
+        return {}
+
+    agent._m_step = m_step
+    agent.train(3, 32)
+    assert [change.abs().max().item() > 0.01 for change in seen] == [False, True, True]
+
+
+@pytest.mark.parametrize(("shift", "log_ratio"), [(1.0, 0.0), (0.0, 2.0), (1.0, -2.0)])
+def test_cvpo_update_ends_within_both_kl_bounds(shift, log_ratio):
+    """Whatever the gradient steps did, the policy deployed next keeps the bounds, measured anew."""
+    agent = trained_cvpo()
+    old = copy.deepcopy(agent.policy.actor)
+    agent._m_step = lambda *_: shifted(agent, log_ratio, shift) or {}
+    agent.train(1, 32)
+    states = torch.from_numpy(agent.replay_buffer.observations[:50].reshape(-1, 1))
+    kl_mean, kl_std = (
+        kl.mean().item() for kl in gaussian_kl_split(*agent.policy.actor(states), *old(states))
+    )
+    diagnostics = agent.diagnostics
+    bounds = diagnostics["kl_mean_bound"], diagnostics["kl_covariance_bound"]
+    assert bounds == (agent.config.mean_kl_bound, agent.config.covariance_kl_bound)
+    assert diagnostics["kl_mean"] == pytest.approx(kl_mean, rel=0.1, abs=1e-9)
+    assert diagnostics["kl_covariance"] == pytest.approx(kl_std, rel=0.1, abs=1e-9)
+    assert diagnostics["kl"] == diagnostics["kl_mean"] + diagnostics["kl_covariance"]
+    fractions = diagnostics["kl_mean"] / bounds[0], diagnostics["kl_covariance"] / bounds[1]
+    assert 0.5 < max(fractions) <= 1.0  # no further back than needed
+    assert 0 < diagnostics["step_fraction"] < 1
+
+
+def test_cvpo_update_inside_the_bounds_is_left_alone():
+    """The way back is taken only where a bound is exceeded."""
+    agent = trained_cvpo(mean_kl_bound=1e9, covariance_kl_bound=1e9)
+    before = agent.policy.actor.mean.bias.item()
+    agent._m_step = lambda *_: shifted(agent, shift=0.25) or {}
+    agent.train(1, 32)
+    assert agent.diagnostics["step_fraction"] == 1.0
+    assert agent.policy.actor.mean.bias.item() == pytest.approx(before + 0.25)
+
+
+@pytest.mark.parametrize("broken", ["shift", "log_ratio"])
+def test_cvpo_returns_to_the_old_policy_where_no_step_keeps_the_bounds(broken):
+    """A policy that cannot be measured (a parameter is not a number) must not be deployed."""
+    agent = trained_cvpo()
+    old = copy.deepcopy(agent.policy.actor)
+    agent._m_step = lambda *_: shifted(agent, **{broken: np.nan}) or {}
+    agent.train(1, 32)
+    for p, q in zip(agent.policy.actor.parameters(), old.parameters()):
+        assert torch.equal(p, q)
+    assert agent.diagnostics["step_fraction"] == 0.0
+
+
+def test_critic_targets_move_by_tau():
+    """targets += tau (critics - targets)."""
+    policy = trained_cvpo().policy
+    with torch.no_grad():
+        for p in policy.critics.parameters():
+            p += 1.0
+    before = [p.detach().clone() for p in policy.critics_target.parameters()]
     policy.follow(0.25)
-    for (online, target), old in zip(pairs, before):
-        for p, q, start in zip(online.parameters(), target.parameters(), old):
-            torch.testing.assert_close(q, start + 0.25 * (p - start))
-            assert not q.requires_grad
+    pairs = zip(policy.critics.parameters(), policy.critics_target.parameters(), before)
+    for p, q, start in pairs:
+        torch.testing.assert_close(q, start + 0.25 * (p - start))
+        assert not q.requires_grad
 
 
 def test_cvpo_actor_starts_with_the_stated_deviation():
@@ -496,6 +575,92 @@ def test_cvpo_counts_its_steps_and_updates():
     assert steps == {(5, 32): 2}  # at 210 and 315 steps: none up to learning_starts
 
 
+# ---- SAC-Lagrangian ----
+
+
+def test_sac_adds_the_entropy_to_the_rewards_target_alone():
+    """gamma^n temperature H(next state) on top of the targets without entropy; costs have none."""
+    agent, seen = make(SACLagrangian).learn(300), []
+
+    def regression(observations, actions, targets):
+        seen.append(targets)
+        return torch.zeros(4)
+
+    agent.policy.critics.regression = regression
+    state = copy.deepcopy(agent.rng)
+    agent._critic_step(32)
+    agent.rng = copy.deepcopy(state)
+    agent._critic_step(32, 0.25)
+    agent.rng = state
+    batch = agent.replay_buffer.sample(32, agent.config.n_step, 0.9, agent.rng)
+    with torch.no_grad():
+        _, std = agent.policy.actor(torch.from_numpy(batch.next_observations))
+    entropy = Normal(0.0, std).entropy()[:, 0]
+    bonus = 0.25 * torch.from_numpy(batch.discounts) * entropy
+    torch.testing.assert_close(seen[1][:2], seen[0][:2] + bonus)
+    torch.testing.assert_close(seen[1][2:], seen[0][2:])
+    assert bonus.abs().min() > 0.01
+
+
+def test_sac_actor_ascends_the_lagrangian():
+    """One Adam step down -(Q_r + temperature H - multiplier Q_c) / (1 + multiplier), by autograd.
+
+    The temperature rises where the entropy is below its target: by one Adam step of its logarithm.
+    """
+    config = {"target_entropy": 5.0, "temperature_lr": 0.01, "return_scale": 0.5}
+    agent = make(SACLagrangian, max_grad_norm=1e9, **config).learn(300)
+    agent.multiplier = 3.0
+    observations, twin = torch.rand(6, 1), copy.deepcopy(agent.policy)
+    state = copy.deepcopy(agent.rng)
+    log_temperature = agent.log_temperature.item()
+    agent.temperature_optimizer.state.clear()
+    numbers = agent._policy_step(observations, 0.2)
+    assert agent.log_temperature.item() == pytest.approx(log_temperature + 0.01, abs=1e-6)
+
+    mean, std = twin.actor(observations)
+    noise = torch.from_numpy(state.standard_normal((6, 1, 1), dtype=np.float32))[:, 0]
+    values = twin.critics.of_actions(observations, (mean + std * noise).clamp(-1.0, 1.0))
+    reward, cost = torch.minimum(values[0], values[1]), torch.maximum(values[2], values[3])
+    entropy = Normal(mean, std).entropy()
+    twin.actor_optimizer.zero_grad()
+    (-(reward + 0.2 * entropy[:, 0] - 3.0 * cost).mean() / 4.0).backward()
+    twin.actor_optimizer.step()
+    for measured, expected in zip(agent.policy.actor.parameters(), twin.actor.parameters()):
+        torch.testing.assert_close(measured, expected, rtol=1e-4, atol=1e-6)
+    assert numbers["entropy"] == pytest.approx(entropy.mean().item())
+    assert numbers["cost_value"] == pytest.approx(2.0 * cost.mean().item())
+
+
+def test_sac_multiplier_follows_the_episodic_cost():
+    """0.01 times (episodic cost - limit) per update, never below 0, and none without a limit."""
+    config = {"multiplier_lr": 0.01, "multiplier_init": 0.5}
+    agent = make(SACLagrangian, steps_per_update=200, learning_starts=200, **config).learn(600)
+    before = agent.multiplier
+    agent.train(1, 32)
+    excess = agent.diagnostics["episodic_cost"] - 10.0
+    assert excess != 0.0
+    assert agent.multiplier == pytest.approx(before + 0.01 * excess)
+    assert agent.diagnostics["multiplier"] == agent.multiplier
+    agent.multiplier = 1e-9
+    agent.episode_costs.finished = [np.array([2.0])]
+    agent.train(1, 32)
+    assert agent.multiplier == 0.0
+    assert make(SACLagrangian, cost_limit=np.inf, **config).learn(300).multiplier == 0.0
+
+
+def test_sac_training_phase_follows_after_every_gradient_step():
+    """The critics' targets follow by tau, and diagnostics are means over gradient steps."""
+    agent, followed, steps = make(SACLagrangian).learn(300), [], []
+    agent.policy.follow = followed.append
+    agent._policy_step = lambda *a: (steps.append(a), {"std": float(len(steps))})[1]
+    updates = agent._n_updates
+    agent.train(4, 32)
+    assert followed == [agent.config.tau] * 4
+    assert agent.diagnostics["std"] == 2.5
+    assert agent._n_updates == agent.diagnostics["gradient_updates"] == updates + 4
+    assert [temperature for _, temperature in steps] == [agent.diagnostics["temperature"]] * 4
+
+
 # ---- saving ----
 
 
@@ -552,8 +717,13 @@ def test_normalisation_is_restored_except_for_other_numbers_of_environments():
         (CVPOConfig, "tau", [1.0], [0.0, 1.1]),
         (CVPOConfig, "initial_std", [0.01, 10], [0.001, 11]),
         (CVPOConfig, "kl_bound", [1e-9], [0.0]),
-        (CVPOConfig, "m_step_multiplier_lr", [1e-9], [0.0]),
-        (CVPOConfig, "m_step_multiplier_max", [0.0], [-1.0]),
+        (CVPOConfig, "mean_kl_bound", [1e-9], [0.0]),
+        (CVPOConfig, "covariance_kl_bound", [1e-9], [0.0]),
+        (SACLagrangianConfig, "multiplier_lr", [1e-9], [0.0]),
+        (SACLagrangianConfig, "multiplier_init", [0.0], [-1.0]),
+        (SACLagrangianConfig, "temperature_init", [1e-9], [0.0]),
+        (SACLagrangianConfig, "temperature_lr", [0.0], [-1.0]),
+        (SACLagrangianConfig, "target_entropy", [-20.0, 20.0], [-21.0, 21.0]),
         (CVPOConfig, "updates_per_step", [1e-9], [0.0]),
         (CVPOConfig, "return_scale", [1e-9], [0.0]),
         (CVPOConfig, "learning_starts", [0], [-1]),

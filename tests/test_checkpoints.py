@@ -64,6 +64,16 @@ CELLS = {
             "episode_steps": 10,
         },
     },
+    "sac-lagrangian": {
+        **REGRESSION,
+        "steps": 1600,
+        "config": {
+            "steps_per_update": 40,
+            "learning_starts": 100,
+            "batch_size": 32,
+            "net_arch": [32, 32],
+        },
+    },
 }
 if EXHAUSTIVE:
     CELLS["ppo-lagrangian normalised"] = {

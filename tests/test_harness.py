@@ -317,7 +317,9 @@ def test_the_agent_is_told_the_cost_limit(config, told):
     assert agent.config.cost_limit == told
 
 
-@pytest.mark.parametrize("agent", ["scpo", "sgd", "ppo-lagrangian", "cpo", "cvpo"])
+@pytest.mark.parametrize(
+    "agent", ["scpo", "sgd", "ppo-lagrangian", "cpo", "cvpo", "sac-lagrangian"]
+)
 def test_resolved_config_names_every_default(agent):
     """A default that changes later must not change what a record says it was run with."""
     cell = CELL.model_copy(update={"agent": agent, "config": {}})
@@ -344,7 +346,9 @@ def test_a_start_that_the_agent_cannot_take_is_refused():
         make_agent(cell, make_training_env(cell))
 
 
-@pytest.mark.parametrize("agent", ["ppo", "scpo-ppo", "ppo-lagrangian", "cpo", "cvpo"])
+@pytest.mark.parametrize(
+    "agent", ["ppo", "scpo-ppo", "ppo-lagrangian", "cpo", "cvpo", "sac-lagrangian"]
+)
 def test_start_zero_is_action_zero_everywhere(agent):
     """With ``start: zero`` every agent's untrained policy must act 0, whatever it observes."""
     cell = Cell(

@@ -196,6 +196,7 @@ CONFIG = {
     "ppo": {"n_steps": 30, "batch_size": 120, "policy_kwargs": {"log_std_init": 1.0}},
     "cpo": {"steps_per_update": 240, "critic_passes": 1, "target_kl": 0.1},
     "cvpo": {"steps_per_update": 240, "learning_starts": 0, "initial_std": 3.0},
+    "sac-lagrangian": {"steps_per_update": 240, "learning_starts": 0, "initial_std": 3.0},
 }
 
 
@@ -234,7 +235,7 @@ def test_gradient_descent_violates_and_behind_the_filter_it_does_not(tmp_path):
     assert "loss" in safe[-1].diagnostics  # the agent's own stay
 
 
-@pytest.mark.parametrize("agent", ["ppo", "cpo", "cvpo"])
+@pytest.mark.parametrize("agent", ["ppo", "cpo", "cvpo", "sac-lagrangian"])
 def test_other_agents_are_safe_behind_it(agent, tmp_path):
     """On-policy and off-policy agents alike, exploration noise included."""
     updates = record(f"filtered:{agent}", tmp_path, 5)

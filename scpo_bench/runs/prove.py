@@ -14,7 +14,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from threadpoolctl import threadpool_limits
 
 from scpo_bench import __version__
-from scpo_bench.baselines.cvpo_policy import CVPOPolicy
+from scpo_bench.baselines.off_policy_networks import GaussianPolicy
 from scpo_bench.contract import Agent, task_of
 from scpo_bench.errors import UserError
 from scpo_bench.policies import ResidualHead
@@ -42,7 +42,7 @@ def describe(agent: Agent) -> Policy:
     if agent.get_vec_normalize_env() is not None:
         raise UserError("proof: policies with normalised observations are not covered")
     policy: Any = getattr(agent, "policy", None)
-    if isinstance(policy, CVPOPolicy) and policy.actor.backup is not None:
+    if isinstance(policy, GaussianPolicy) and policy.actor.backup is not None:
         return from_modules(policy.actor.trunk, policy.actor.mean, policy.actor.backup)
     if isinstance(policy, ActorCriticPolicy) and isinstance(policy.action_net, ResidualHead):
         extractor: Any = policy.mlp_extractor

@@ -89,6 +89,11 @@ _AGENTS = (
     AgentSpec(
         "cvpo", "scpo_bench.baselines.cvpo:CVPO", "constrained variational policy optimisation"
     ),
+    AgentSpec(
+        "sac-lagrangian",
+        "scpo_bench.baselines.sac_lagrangian:SACLagrangian",
+        "soft actor-critic with a learned multiplier",
+    ),
 )
 
 

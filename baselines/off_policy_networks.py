@@ -1,4 +1,4 @@
-"""CVPO's networks: a Gaussian actor with state-dependent mean and deviation, and the critics."""
+"""What off-policy agents learn: a Gaussian actor, two critics of the reward and two of the cost."""
 
 from __future__ import annotations
 
@@ -67,6 +67,15 @@ class GaussianActor(nn.Module):
         spread = nn.functional.softplus(self.raw_std(latent) + self.std_shift)
         return mean, self.half_range * (self.floor + spread)
 
+    def entropy(self, std: Tensor) -> Tensor:
+        """Entropy [B] of the Gaussian in half ranges, before clipping, in nats. std: [B, A]."""
+        half_log = 0.5 * float(np.log(2 * np.pi * np.e))
+        return ((std / self.half_range).log() + half_log).sum(dim=-1)
+
+    def trained(self) -> list[nn.Parameter]:
+        """All parameters but the backup's."""
+        return [p for name, p in self.named_parameters() if not name.startswith("backup.")]
+
 
 class Critics(nn.Module):
     """``n`` action-value networks with ReLU layers, evaluated in cache-sized slices.
@@ -120,6 +129,19 @@ class Critics(nn.Module):
                 torch.mv(hidden, weights[-1][n, :, 0], out=values[n, rows])
         return (values + biases[-1].squeeze(2)).view(self.n, B, K)
 
+    def of_actions(self, observations: Tensor, actions: Tensor) -> Tensor:
+        """Values [n, B], differentiable in the actions alone.
+
+        observations: [B, O]; actions: [B, A] inside the action space.
+        """
+        scaled = (actions - self.centre) / self.half_range
+        state_part = observations @ self.state_weight.detach() + self.first_bias.detach()
+        hidden = (state_part + scaled @ self.action_weight.detach()).relu()
+        *inner, (weight, bias) = zip(self.weights, self.biases)
+        for inner_weight, inner_bias in inner:
+            hidden = torch.baddbmm(inner_bias.detach(), hidden, inner_weight.detach()).relu()
+        return torch.baddbmm(bias.detach(), hidden, weight.detach()).squeeze(2)
+
     @torch.no_grad()
     def regression(self, observations: Tensor, actions: Tensor, targets: Tensor) -> Tensor:
         """Mean squared errors [n]; overwrites ``.grad`` with the gradient of their sum.
@@ -172,8 +194,8 @@ def _grad(parameter: Tensor) -> Tensor:
     return parameter.grad
 
 
-class CVPOPolicy(BasePolicy):
-    """Actor, critics (2 of the reward, then 2 of the cost), their targets, and optimisers.
+class GaussianPolicy(BasePolicy):
+    """Actor, critics (2 of the reward, then 2 of the cost), the critics' targets, and optimisers.
 
     net_arch: hidden widths of every network; backup: module, observations [B, O] -> actions [B, A],
     environment units.
@@ -194,31 +216,23 @@ class CVPOPolicy(BasePolicy):
         super().__init__(observation_space, action_space)
         obs_dim = int(np.prod(observation_space.shape))
 
-        def new_actor() -> GaussianActor:
-            return GaussianActor(obs_dim, action_space, net_arch, initial_std, backup)
-
         def new_critics() -> Critics:
             return Critics(N_REWARD_CRITICS + N_COST_CRITICS, obs_dim, action_space, net_arch)
 
-        self.actor, self.actor_target = new_actor(), new_actor()
+        self.actor = GaussianActor(obs_dim, action_space, net_arch, initial_std, backup)
         self.critics, self.critics_target = new_critics(), new_critics()
-        self.actor_target.load_state_dict(self.actor.state_dict())
         self.critics_target.load_state_dict(self.critics.state_dict())
-        for module in (self.actor_target, self.critics_target):
-            module.requires_grad_(False)
-        trained = [p for name, p in self.actor.named_parameters() if not name.startswith("backup.")]
-        self.actor_optimizer = torch.optim.Adam(trained, lr=actor_lr, fused=True)
+        self.critics_target.requires_grad_(False)
+        self.actor_optimizer = torch.optim.Adam(self.actor.trained(), lr=actor_lr, fused=True)
         self.critic_optimizer = torch.optim.Adam(
             self.critics.parameters(), lr=critic_lr, fused=True
         )
 
     def follow(self, tau: float) -> None:
-        """targets += tau (networks - targets)."""
-        pairs = ((self.actor, self.actor_target), (self.critics, self.critics_target))
+        """The critics' targets += tau (critics - targets)."""
         with torch.no_grad():
-            for online, target in pairs:
-                for p, q in zip(online.parameters(), target.parameters()):
-                    q.lerp_(p, tau)
+            for p, q in zip(self.critics.parameters(), self.critics_target.parameters()):
+                q.lerp_(p, tau)
 
     def forward(self, observations: Tensor, deterministic: bool = False) -> Tensor:
         return self._predict(observations, deterministic)
@@ -226,33 +240,3 @@ class CVPOPolicy(BasePolicy):
     def _predict(self, observation: Any, deterministic: bool = False) -> Tensor:
         mean, std = self.actor(observation.reshape(len(observation), -1).float())
         return mean if deterministic else mean + std * torch.randn_like(mean)
-
-
-def gaussian_kl_split(
-    mean: Tensor, std: Tensor, old_mean: Tensor, old_std: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(KL_mu, KL_Sigma) per state [B] of diagonal Gaussians [B, A], summed over action dimensions.
-
-    KL_mu = KL(N(old_mean, old_std) || N(mean, old_std)) and KL_Sigma = KL(N(old_mean, old_std) ||
-    N(old_mean, std)) are constrained separately. Source: Abdolmaleki et al. 2018, arXiv 1812.02256,
-    section 4.2 and appendix.
-    """
-    kl_mean = 0.5 * ((mean - old_mean) / old_std).square().sum(dim=-1)
-    ratio = (old_std / std).square()
-    kl_covariance = 0.5 * (ratio - 1 - ratio.log()).sum(dim=-1)
-    return kl_mean, kl_covariance
-
-
-def weighted_nll_split(
-    mean: Tensor, std: Tensor, old_mean: Tensor, old_std: Tensor, actions: Tensor, weights: Tensor
-) -> Tensor:
-    """-mean_b sum_k q_bk [log N(a; mean, old_std) + log N(a; old_mean, std)], up to a constant.
-
-    mean, std, old_*: [B, A]; actions: [B, K, A]; weights q: [B, K], rows summing to one. Only two
-    moments of q enter.
-    """
-    first = torch.einsum("bk,bka->ba", weights, actions)
-    second = torch.einsum("bk,bka->ba", weights, (actions - old_mean.unsqueeze(1)).square())
-    mean_term = 0.5 * ((mean - first) / old_std).square()
-    covariance_term = std.log() + 0.5 * second / std.square()
-    return (mean_term + covariance_term).sum(dim=-1).mean()
