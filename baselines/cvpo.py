@@ -28,7 +28,7 @@ from scpo_bench.baselines.cvpo_m_step import (
     weighted_nll_split,
 )
 from scpo_bench.baselines.off_policy import ConstrainedOffPolicy, OffPolicyConfig
-from scpo_bench.configuration import require
+from scpo_bench.configuration import Range, SearchSpace, require
 
 TRUST_REGION_STATES = 2048
 """Replayed states on which an update's KL is measured and held."""
@@ -37,6 +37,13 @@ TRUST_REGION_STATES = 2048
 @dataclass(frozen=True, kw_only=True)
 class CVPOConfig(OffPolicyConfig):
     """See ``OffPolicyConfig`` for the source of the defaults."""
+
+    search_space: ClassVar[SearchSpace] = {
+        **OffPolicyConfig.search_space,
+        "kl_bound": Range(0.01, 0.5, log=True),
+        "mean_kl_bound": Range(0.002, 0.2, log=True),
+        "covariance_kl_bound": Range(1e-4, 1e-2, log=True),
+    }
 
     episode_steps: int | None = None
     """Episode length T in the threshold on Q_c, or None.

@@ -17,7 +17,7 @@ from torch import Tensor
 from scpo_bench.baselines.constrained import ConstrainedAlgorithm, flat
 from scpo_bench.baselines.off_policy_networks import N_REWARD_CRITICS, GaussianPolicy
 from scpo_bench.baselines.replay import CostReplay
-from scpo_bench.configuration import require
+from scpo_bench.configuration import Range, SearchSpace, require
 from scpo_bench.contract import check_transition, read_costs
 from scpo_bench.errors import UserError
 
@@ -29,6 +29,13 @@ class OffPolicyConfig:
     Defaults are those of FSRL 0.1.0's ``TrainCfg`` (fsrl/config/cvpo_cfg.py; all but buffer_size
     are the same in sacl_cfg.py), except where a field names another source or is marked "ours".
     """
+
+    search_space: ClassVar[SearchSpace] = {
+        "actor_lr": Range(1e-4, 3e-3, log=True),
+        "critic_lr": Range(3e-4, 3e-3, log=True),
+        "initial_std": Range(0.05, 0.5, log=True),
+        "pessimistic_cost": (True, False),
+    }
 
     cost_limit: float = 25.0
     """Limit on the undiscounted cost of an episode, >= 0 or infinite.

@@ -20,7 +20,7 @@ from scpo_bench.baselines.actors import Actor, actor_of
 from scpo_bench.baselines.constrained import ConstrainedAlgorithm, flat
 from scpo_bench.baselines.networks import Adam, Array, Mlp, sequential_layers
 from scpo_bench.baselines.rollout import Batch, Rollout
-from scpo_bench.configuration import require
+from scpo_bench.configuration import Range, SearchSpace, require
 from scpo_bench.contract import check_transition, read_costs
 from scpo_bench.errors import UserError
 
@@ -28,6 +28,12 @@ from scpo_bench.errors import UserError
 @dataclass(frozen=True, kw_only=True)
 class OnPolicyConfig:
     """Fields common to the on-policy agents, with the defaults of OmniSafe 0.5.0's table."""
+
+    search_space: ClassVar[SearchSpace] = {
+        "critic_lr": Range(3e-4, 3e-3, log=True),
+        "initial_log_std": Range(-3.0, -1.0),
+        "target_kl": Range(2e-3, 5e-2, log=True),
+    }
 
     cost_limit: float | tuple[float, ...] = 25.0
     """Limit on an episode's undiscounted cost, >= 0 or infinite; one per entry of ``cost_keys``."""

@@ -19,12 +19,19 @@ from torch import Tensor
 
 from scpo_bench.baselines.multipliers import projected_ascent
 from scpo_bench.baselines.off_policy import ConstrainedOffPolicy, OffPolicyConfig
-from scpo_bench.configuration import require
+from scpo_bench.configuration import Range, SearchSpace, require
 
 
 @dataclass(frozen=True, kw_only=True)
 class SACLagrangianConfig(OffPolicyConfig):
     """See ``OffPolicyConfig`` for the source of the common defaults."""
+
+    search_space: ClassVar[SearchSpace] = {
+        **OffPolicyConfig.search_space,
+        "multiplier_init": Range(0.0, 5.0),
+        "multiplier_lr": Range(1e-3, 1.0, log=True),
+        "target_entropy": Range(-4.0, 0.0),
+    }
 
     multiplier_init: float = 0.0
     """Multiplier at the start, in units of reward per unit of cost, >= 0.

@@ -10,11 +10,12 @@ from test_harness import CELL
 from typer.testing import CliRunner
 
 from scpo_bench.cli import app
-from scpo_bench.configuration import Range
+from scpo_bench.configuration import Range, resolve_config
 from scpo_bench.errors import UserError
 from scpo_bench.records.files import RUN_FILE, RecordError, read_run, run_folders
 from scpo_bench.records.study import STUDY_FILE, Study, Trial, read_study
 from scpo_bench.runs import tune as tuning
+from scpo_bench.suites import registry
 
 # The agents' own search spaces may change; what is tested here must not depend on them.
 SPACE = {"learning_rate": Range(0.01, 1.0, log=True), "gradient_steps": Range(1, 3)}
@@ -133,3 +134,21 @@ def test_command(space, tmp_path):
     assert result.exit_code == 0, result.output
     assert "sgd on scpo_bench/HarmfulRegression-v0: trial 1: " in result.output
     assert "config sgd: {n_steps: 10, labels: visited, features: 8" in result.output
+
+
+@pytest.mark.parametrize("agent", sorted(registry.agents()))
+def test_search_spaces_hold_valid_values_of_real_fields(agent):
+    """A field that was renamed, or a value that its Config refuses, would fail every trial."""
+    space = tuning.search_space(agent)
+    if agent == "ppo":  # Stable-Baselines3's, an unconstrained reference
+        assert not space
+        return
+    config_class = registry.load_agent(agent).Config
+    for end in (0, -1):
+        chosen = {
+            name: (values.low, values.high)[end] if isinstance(values, Range) else values[end]
+            for name, values in space.items()
+        }
+        resolve_config(config_class, chosen)
+    if agent != "scpo-ppo":
+        assert space
