@@ -17,12 +17,14 @@ from torch.distributions import Normal
 from scpo_bench.baselines import cvpo, ppo_lagrangian
 from scpo_bench.baselines.actors import actor_of
 from scpo_bench.baselines.cpo import CPO, CPOConfig
+from scpo_bench.baselines.crpo import CRPO, CRPOConfig
 from scpo_bench.baselines.cvpo import CVPO, CVPOConfig
 from scpo_bench.baselines.cvpo_dual import cost_threshold, e_step
 from scpo_bench.baselines.normalisation import normalisation_state, restore_normalisation
 from scpo_bench.baselines.on_policy import OnPolicyConfig
 from scpo_bench.baselines.ppo_lagrangian import PPOLagrangian
 from scpo_bench.baselines.rollout import Rollout
+from scpo_bench.baselines.trpo_lagrangian import TRPOLagrangian, TRPOLagrangianConfig
 
 torch.set_num_threads(1)  # the networks are too small for more threads to help
 
@@ -123,7 +125,7 @@ def test_the_batch_of_an_update_has_a_discount_per_signal():
     np.testing.assert_array_equal(batch.observations[:5], agent.rollout_buffer.observations[0])
 
 
-@pytest.mark.parametrize("agent_class", [PPOLagrangian, CPO, CVPO])
+@pytest.mark.parametrize("agent_class", [PPOLagrangian, CPO, TRPOLagrangian, CRPO, CVPO])
 def test_cost_estimates_are_of_one_update(agent_class):
     """Episodes of earlier updates are not counted again."""
     agent = make(agent_class, steps_per_update=400)
@@ -132,7 +134,7 @@ def test_cost_estimates_are_of_one_update(agent_class):
     assert agent.episode_costs.all_episodes == 20
 
 
-@pytest.mark.parametrize("agent_class", [PPOLagrangian, CPO, CVPO])
+@pytest.mark.parametrize("agent_class", [PPOLagrangian, CPO, TRPOLagrangian, CRPO, CVPO])
 def test_a_reset_from_outside_drops_running_episodes(agent_class):
     """A cost collected before a reset would be charged to an episode that never ended."""
     agent = make(agent_class, **{"steps_per_update": 100})
@@ -541,6 +543,11 @@ def test_normalisation_is_restored_except_for_other_numbers_of_environments():
         (CPOConfig, "line_search_steps", [1], [0]),
         (CPOConfig, "cg_damping", [0.0], [-1.0]),
         (CPOConfig, "line_search_shrink", [0.5], [0.0, 1.0]),
+        (TRPOLagrangianConfig, "multiplier_init", [0.0], [-1.0]),
+        (TRPOLagrangianConfig, "multiplier_lr", [0.0], [-1.0]),
+        (TRPOLagrangianConfig, "cg_iterations", [1], [0]),
+        (CRPOConfig, "tolerance", [0.0], [-1.0]),
+        (CRPOConfig, "cg_iterations", [1], [0]),
         (ppo_lagrangian.PPOLagrangianConfig, "actor_lr", [1e-9], [0.0]),
         (ppo_lagrangian.PPOLagrangianConfig, "clip_range", [1e-9], [0.0]),
         (ppo_lagrangian.PPOLagrangianConfig, "multiplier_init", [0.0], [-1.0]),
@@ -577,7 +584,7 @@ def test_every_limit_is_checked_and_has_its_key():
         OnPolicyConfig(**keys, cost_limit=(-1.0, 2.0))
 
 
-@pytest.mark.parametrize("agent_class", [PPOLagrangian, CPO])
+@pytest.mark.parametrize("agent_class", [PPOLagrangian, CPO, TRPOLagrangian, CRPO])
 def test_on_policy_agents_run_on_the_cpu(agent_class):
     """A device that is asked for and not used would be a surprise."""
     assert make(agent_class, device="auto").device.type == "cpu"

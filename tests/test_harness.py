@@ -317,7 +317,9 @@ def test_the_agent_is_told_the_cost_limit(config, told):
     assert agent.config.cost_limit == told
 
 
-@pytest.mark.parametrize("agent", ["scpo", "sgd", "ppo-lagrangian", "cpo", "cvpo"])
+@pytest.mark.parametrize(
+    "agent", ["scpo", "sgd", "ppo-lagrangian", "cpo", "trpo-lagrangian", "crpo", "cvpo"]
+)
 def test_resolved_config_names_every_default(agent):
     """A default that changes later must not change what a record says it was run with."""
     cell = CELL.model_copy(update={"agent": agent, "config": {}})
