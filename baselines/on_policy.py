@@ -27,7 +27,10 @@ from scpo_bench.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class OnPolicyConfig:
-    """Fields common to the on-policy agents, with the defaults of OmniSafe 0.5.0's table."""
+    """Fields common to the on-policy agents.
+
+    Defaults as in OmniSafe 0.5.0, configs/on-policy/PPOLag.yaml, but for those marked "ours".
+    """
 
     cost_limit: float | tuple[float, ...] = 25.0
     """Limit on an episode's undiscounted cost, >= 0 or infinite; one per entry of ``cost_keys``."""
@@ -61,7 +64,7 @@ class OnPolicyConfig:
     initial_log_std: float = 0.0
     """Log standard deviation of a Gaussian policy (``Box`` actions) at the start, action units."""
     return_scale: float = 1.0
-    """Critics predict returns times this, > 0: small where episodes return thousands.
+    """Critics predict returns times this, > 0: small where episodes return thousands (ours).
 
     The advantages, and with them the policy, are in the returns' own unit.
     """

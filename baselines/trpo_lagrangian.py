@@ -52,10 +52,8 @@ class TRPOLagrangian(WeightedTRPO):
     def _setup_model(self) -> None:
         super()._setup_model()
         if not hasattr(self, "multipliers"):
-            unlimited = np.isinf(self.config.limits())
-            self.multipliers = Multipliers.start(
-                np.where(unlimited, 0.0, self.config.multiplier_init)
-            )
+            config = self.config
+            self.multipliers = Multipliers.start([config.multiplier_init] * len(config.cost_keys))
 
     def _standardise(self) -> bool:
         return self.config.standardise_rewards

@@ -268,6 +268,20 @@ def test_cpo_accepts_by_the_constraint_value_of_its_update(monkeypatch):
         assert seen["step"].accepts(Surrogates(np.array([-1.0, -1.0]), 0.0)) is accepted
 
 
+def test_diagnostics_are_of_the_accepted_step(monkeypatch):
+    """A gain reported under another signal's name would make a record say the opposite."""
+    agent = make(CPO)
+
+    def search(*arguments):
+        return Surrogates(np.array([0.25, -0.5]), 0.003), 0.64, 3
+
+    monkeypatch.setattr(agent, "_line_search", search)
+    agent.learn(400)
+    expected = {"reward_gain": 0.25, "cost_gain": -0.5, "kl": 0.003}
+    expected |= {"step_fraction": 0.64, "line_search_tried": 3.0}
+    assert expected.items() <= agent.diagnostics.items()
+
+
 # ---- TRPO on weighted advantages ----
 
 
