@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 from collections import Counter
 
 import numpy as np
@@ -250,6 +251,36 @@ def test_ppo_lagrangian_stops_its_passes_beyond_the_kl_bound():
     assert short.diagnostics["passes"] == 1
     assert short.diagnostics["kl"] > 1e-9
     assert make(PPOLagrangian, target_kl=1e9).learn(400).diagnostics["passes"] == 3
+
+
+# ---- the initial deviation ----
+
+
+class Ranges(Speed):
+    """Two actions, of half range 0.4 and, off centre, 3. Only the first counts."""
+
+    action_space = spaces.Box(np.array([-0.4, 0.0], np.float32), np.array([0.4, 6.0], np.float32))
+
+
+@pytest.mark.parametrize("agent_class", [PPOLagrangian, CPO])
+def test_the_initial_deviation_is_in_half_ranges_of_the_actions(agent_class):
+    """With a deviation of 1 on Humanoid's actions of +-0.4, half of the samples are clipped.
+
+    log 0.5 + log (0.4, 3). What ``policy_kwargs`` says is SB3's, in action units. A loaded
+    policy keeps what it has learned.
+    """
+    agent = make(agent_class, MdpVecEnv(Ranges(), 5), initial_log_std=np.log(0.5))
+    std = agent.policy.log_std.detach().exp().numpy()
+    np.testing.assert_allclose(std, [0.2, 1.5], rtol=1e-6)
+    given = make(agent_class, MdpVecEnv(Ranges(), 5), policy_kwargs={"log_std_init": -2.0})
+    assert given.policy.log_std.tolist() == [-2.0] * 2
+    agent.learn(400)
+    file = io.BytesIO()
+    agent.save(file)
+    file.seek(0)
+    loaded = agent_class.load(file, MdpVecEnv(Ranges(), 5))
+    assert loaded.policy.log_std.tolist() == agent.policy.log_std.tolist()
+    assert agent.policy.log_std[0].item() != pytest.approx(np.log(0.2), abs=1e-6)
 
 
 # ---- CVPO ----
