@@ -1,1 +1,1 @@
-"""The agents that SCPO is compared with: PPO-Lagrangian, CPO and CVPO."""
+"""The agents that SCPO is compared with."""

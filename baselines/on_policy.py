@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import numpy as np
+import torch
 from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.callbacks import BaseCallback
@@ -27,7 +28,10 @@ from scpo_bench.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class OnPolicyConfig:
-    """Fields common to the on-policy agents, with the defaults of OmniSafe 0.5.0's table."""
+    """Fields common to the on-policy agents.
+
+    Defaults as in OmniSafe 0.5.0, configs/on-policy/PPOLag.yaml, but for those marked "ours".
+    """
 
     search_space: ClassVar[SearchSpace] = {
         "critic_lr": Range(3e-4, 3e-3, log=True),
@@ -65,9 +69,13 @@ class OnPolicyConfig:
     target_kl: float = 0.02
     """KL(old || new), mean over states, summed over action dimensions, > 0."""
     initial_log_std: float = 0.0
-    """Log standard deviation of a Gaussian policy (``Box`` actions) at the start, action units."""
+    """Log standard deviation of a Gaussian policy (``Box`` actions) at the start.
+
+    The deviation is in half ranges of the action space, each action's own: OmniSafe scales actions
+    to [-1, 1]. A ``log_std_init`` in ``policy_kwargs`` goes first, and is in action units.
+    """
     return_scale: float = 1.0
-    """Critics predict returns times this, > 0: small where episodes return thousands.
+    """Critics predict returns times this, > 0: small where episodes return thousands (ours).
 
     The advantages, and with them the policy, are in the returns' own unit.
     """
@@ -132,9 +140,12 @@ class ConstrainedOnPolicy(ConstrainedAlgorithm, OnPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         self.n_steps = -(-self.config.steps_per_update // self.n_envs)
-        self.policy_kwargs = {"log_std_init": self.config.initial_log_std, **self.policy_kwargs}
         super()._setup_model()
         actor = actor_of(self.policy)
+        space = self.action_space
+        if isinstance(space, spaces.Box) and "log_std_init" not in self.policy_kwargs:
+            half_range = torch.from_numpy((space.high - space.low) / 2)
+            self.policy.log_std.data[:] = half_range.log() + self.config.initial_log_std
         value_layers, _ = self._value_layers()
         shapes = [(layer.in_features, layer.out_features) for layer in value_layers]
         # The activations between the layers are applied by Mlp.

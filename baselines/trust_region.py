@@ -56,6 +56,10 @@ class TrustRegionConfig(OnPolicyConfig):
         require(self, "cg_damping", low=0)
         require(self, "line_search_shrink", above=0, high=0.999)
 
+    def key_suffixes(self) -> list[str]:
+        """What tells the diagnostics of several costs apart; nothing where there is one."""
+        return [""] if len(self.cost_keys) == 1 else [f"_{key}" for key in self.cost_keys]
+
 
 @dataclass(frozen=True)
 class Surrogates:
@@ -141,8 +145,7 @@ class TrustRegion(ConstrainedOnPolicy):
             "entropy": entropy,
             "reward_critic_error": errors[0],
         }
-        for i, key in enumerate(config.cost_keys):
-            suffix = "" if len(config.cost_keys) == 1 else f"_{key}"
+        for i, suffix in enumerate(config.key_suffixes()):
             diagnostics[f"episodic_cost{suffix}"] = episodic_costs[i]
             diagnostics[f"cost_gain{suffix}"] = accepted.gains[1 + i]
             diagnostics[f"cost_critic_error{suffix}"] = errors[1 + i]

@@ -19,10 +19,12 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from scpo_bench.baselines.cpo import CPO
 from scpo_bench.baselines.cpo_dual import Case
+from scpo_bench.baselines.crpo import CRPO
 from scpo_bench.baselines.cvpo import CVPO
 from scpo_bench.baselines.on_policy import ConstrainedOnPolicy
 from scpo_bench.baselines.ppo_lagrangian import PPOLagrangian
 from scpo_bench.baselines.sac_lagrangian import SACLagrangian
+from scpo_bench.baselines.trpo_lagrangian import TRPOLagrangian
 from scpo_bench.policies import AffineBackup, BackupActorCriticPolicy
 
 torch.set_num_threads(1)  # tiny networks: more threads only get in each other's way
@@ -43,11 +45,14 @@ SMALL = {
         "actor_lr_decay": False,
     },
     CPO: {"steps_per_update": 400, "critic_passes": 3, "batch_size": 100},
+    TRPOLagrangian: {"steps_per_update": 400, "critic_passes": 3, "batch_size": 100},
+    CRPO: {"steps_per_update": 400, "critic_passes": 3, "batch_size": 100},
     CVPO: OFF_POLICY | {"episode_steps": 40},
     SACLagrangian: OFF_POLICY,
 }
 AGENTS = list(SMALL)
-STEPS = {PPOLagrangian: 1600, CPO: 1600, CVPO: 600, SACLagrangian: 600}
+GAUSSIAN = (CVPO, SACLagrangian)
+STEPS = dict.fromkeys(AGENTS, 1600) | dict.fromkeys(GAUSSIAN, 600)
 
 
 def make(agent_class, env=None, seed=0, **config):
@@ -166,12 +171,17 @@ def test_updates_lie_between_rollouts_and_publish_diagnostics(agent_class):
     n = recorder.events.count("end")
     assert recorder.events == ["start", "step", "end"] * n
     assert n >= 3
-    needed = {"multiplier", "episodic_cost"}
+    needed = {"episodic_cost"}
     needed |= {
-        PPOLagrangian: {"kl", "passes"},
-        CPO: {"kl", "case", "updates_recovery", "step_fraction", "kl_bound"},
-        CVPO: {"kl_mean", "kl_covariance", "kkt_residual", "cost_value_excess", "recoveries"},
-        SACLagrangian: {"entropy", "temperature"},
+        PPOLagrangian: {"kl", "multiplier", "passes"},
+        CPO: {"kl", "multiplier", "case", "updates_recovery", "step_fraction", "kl_bound"},
+        TRPOLagrangian: {"kl", "multiplier", "step_fraction", "kl_bound"},
+        CRPO: {"kl", "on_cost", "updates_on_cost", "step_fraction", "kl_bound"},
+        CVPO: {
+            *("multiplier", "kl_mean", "kl_covariance", "kkt_residual", "cost_value_excess"),
+            "recoveries",
+        },
+        SACLagrangian: {"multiplier", "entropy", "temperature"},
     }[agent_class]
     assert needed <= set(agent.diagnostics)
     for diagnostics in recorder.diagnostics[3:]:
@@ -228,11 +238,11 @@ def test_starts_at_the_backup(agent_class):
 
 
 def test_discrete_actions_on_policy():
-    """PPO-Lagrangian and CPO support discrete actions; Gaussian policies refuse them."""
-    for agent_class in (PPOLagrangian, CPO):
+    """The on-policy agents support discrete actions; Gaussian policies refuse them."""
+    for agent_class in set(AGENTS) - set(GAUSSIAN):
         agent = make(agent_class, MdpVecEnv(TwoState(discrete=True), 5)).learn(800)
         assert agent.predict(np.eye(2, dtype=np.float32))[0].shape == (2,)
-    for agent_class in (CVPO, SACLagrangian):
+    for agent_class in GAUSSIAN:
         with pytest.raises(AssertionError, match="Box"):
             make(agent_class, MdpVecEnv(TwoState(discrete=True), 5))
 
@@ -323,10 +333,11 @@ class TwoCosts(MdpVecEnv):
         return observations, rewards, dones, infos
 
 
-def test_several_constraints_have_a_multiplier_each():
+@pytest.mark.parametrize("agent_class", [PPOLagrangian, TRPOLagrangian])
+def test_several_constraints_have_a_multiplier_each(agent_class):
     """The violated constraint's multiplier rises; the satisfied one's falls to zero and stays."""
     agent = make(
-        PPOLagrangian, TwoCosts(Speed(), 5), cost_keys=["cost", "energy"], cost_limit=[0.0, 100.0]
+        agent_class, TwoCosts(Speed(), 5), cost_keys=["cost", "energy"], cost_limit=[0.0, 100.0]
     )
     agent.learn(2000)
     assert agent.diagnostics["multiplier_cost"] > 0.1
@@ -374,7 +385,7 @@ def test_costs_do_not_matter_without_a_limit(agent_class):
         policies.append(
             agent.predict(np.linspace(-1, 1, 9, dtype=np.float32)[:, None], deterministic=True)[0]
         )
-        assert agent.diagnostics["multiplier"] == 0.0
+        assert agent.diagnostics.get("multiplier", 0.0) == 0.0
     np.testing.assert_array_equal(*policies)
 
 
@@ -430,6 +441,8 @@ def test_cpo_without_a_limit_takes_trpos_step():
 UNCONSTRAINED = {
     PPOLagrangian: {"actor_lr": 3e-3, "critic_lr": 3e-3, "gamma": 0.9, "target_kl": 0.05},
     CPO: {"gamma": 0.9, "target_kl": 0.05, "critic_lr": 3e-3, "cg_damping": 0.01},
+    TRPOLagrangian: {"gamma": 0.9, "target_kl": 0.05, "critic_lr": 3e-3, "cg_damping": 0.01},
+    CRPO: {"gamma": 0.9, "target_kl": 0.05, "critic_lr": 3e-3, "cg_damping": 0.01},
     CVPO: {
         "gamma": 0.9,
         "actor_lr": 2e-3,

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from constrained_mdps import MdpVecEnv, Speed, TwoState, episode_means
-from stable_baselines3.common.callbacks import BaseCallback
 
 from scpo_bench.baselines.cpo import CPO
+from scpo_bench.baselines.crpo import CRPO
 from scpo_bench.baselines.cvpo import CVPO
 from scpo_bench.baselines.ppo_lagrangian import PPOLagrangian
+from scpo_bench.baselines.trpo_lagrangian import TRPOLagrangian
 
 torch.set_num_threads(1)  # the networks are too small for more threads to help
 
@@ -37,6 +38,9 @@ CPO_CONFIG = ON_POLICY | {
     "target_kl": 0.02,
     "cg_damping": 0.01,
 }
+# The prices of cost that the multiplier must find are 11/9 (two states) and 1 (speed).
+TRPO_LAGRANGIAN = CPO_CONFIG | {"standardise_rewards": False, "critic_passes": 4}
+CRPO_CONFIG = CPO_CONFIG | {"steps_per_update": 400, "tolerance": 0.0}
 CVPO_CONFIG = {
     "steps_per_update": 400,
     "learning_starts": 400,
@@ -56,12 +60,16 @@ CVPO_CONFIG = {
 }
 
 
-def make(agent_class, mdp, config, seed, num_envs=10):
-    """(agent, environment) before any step."""
+def make(agent_class, mdp, config, seed, num_envs=10, full_speed=False):
+    """(agent, environment) before any step; ``full_speed``: actions near 1, from the start."""
     env = MdpVecEnv(mdp, num_envs)
     policy_kwargs = {} if agent_class is CVPO else {"net_arch": [32, 32]}
     config = config | {"cost_limit": mdp.cost_limit, "policy_kwargs": policy_kwargs}
-    return agent_class("MlpPolicy", env, seed=seed, **config), env
+    agent = agent_class("MlpPolicy", env, seed=seed, **config)
+    if full_speed:
+        with torch.no_grad():
+            agent.policy.action_net.bias.fill_(1.0)
+    return agent, env
 
 
 def learn(agent_class, mdp, config, steps, seed, num_envs=10):
@@ -70,28 +78,11 @@ def learn(agent_class, mdp, config, steps, seed, num_envs=10):
     return agent.learn(steps), env
 
 
-class TrainingCosts(BaseCallback):
-    """``costs``: the mean cost of each update's finished episodes."""
-
-    def __init__(self):
-        super().__init__()
-        self.costs = []
-
-    def _on_step(self):
-        return True
-
-    def _on_rollout_end(self):
-        self.costs.append(float(np.mean(self.model.episode_costs.finished)))
-
-
 def costs_from_full_speed(agent_class, config, updates, seed):
     """Training costs [updates] on Speed (limit 10) of a policy that starts near a = 1 (cost 27)."""
-    agent, _ = make(agent_class, Speed(), config, seed)
-    with torch.no_grad():
-        agent.policy.action_net.bias.fill_(1.0)
-    recorder = TrainingCosts()
-    agent.learn(updates * config["steps_per_update"], recorder)
-    return np.array(recorder.costs)
+    agent, env = make(agent_class, Speed(), config, seed, full_speed=True)
+    agent.learn(updates * config["steps_per_update"])
+    return np.array(env.finished)[:, 1].reshape(updates, -1).mean(axis=1)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +127,50 @@ def test_cpo_comes_back_from_outside_and_stays_at_the_limit():
     assert costs_SU[:, 0].min() > 20.0  # far outside
     np.testing.assert_allclose(costs_SU[:, -20:].mean(axis=1), 10.0, rtol=0.01)
     assert np.median((costs_SU[:, -20:] > 10.0).sum(axis=1)) <= 10
+
+
+@pytest.mark.parametrize(
+    ("agent_class", "mdp", "config", "full_speed", "steps"),
+    [
+        pytest.param(
+            TRPOLagrangian,
+            TwoState(),
+            TRPO_LAGRANGIAN | {"multiplier_init": 0.9, "multiplier_lr": 0.025},
+            False,
+            60_000,
+            id="trpo-lagrangian, two states",
+        ),
+        pytest.param(
+            TRPOLagrangian,
+            Speed(),
+            TRPO_LAGRANGIAN | {"multiplier_init": 1.3, "multiplier_lr": 0.01},
+            False,
+            60_000,
+            id="trpo-lagrangian, speed",
+        ),
+        pytest.param(
+            TRPOLagrangian,
+            Speed(),
+            TRPO_LAGRANGIAN | {"multiplier_init": 0.7, "multiplier_lr": 0.0175},
+            True,
+            60_000,
+            id="trpo-lagrangian, speed, from outside",
+        ),
+        pytest.param(CRPO, TwoState(), CRPO_CONFIG, False, 60_000, id="crpo, two states"),
+        pytest.param(CRPO, Speed(), CRPO_CONFIG, False, 30_000, id="crpo, speed"),
+        pytest.param(CRPO, Speed(), CRPO_CONFIG, True, 30_000, id="crpo, speed, from outside"),
+    ],
+)
+def test_weighted_trpo_ends_at_the_known_optimum(agent_class, mdp, config, full_speed, steps):
+    """As above, over the last 60 sets of episodes of three runs: these agents circle the optimum.
+
+    TRPO-Lagrangian's policy and multiplier follow each other; CRPO steps across the limit.
+    """
+    runs = [make(agent_class, mdp, config, seed, full_speed=full_speed) for seed in range(3)]
+    results = [np.mean(env.finished[-60:], axis=0) for agent, env in runs if agent.learn(steps)]
+    reached, cost = np.mean(results, axis=0)
+    assert reached >= 0.95 * mdp.optimal_return, results
+    assert cost <= 1.05 * mdp.cost_limit, results
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from scpo_bench.baselines import cpo
 from scpo_bench.baselines.actors import actor_of
 from scpo_bench.baselines.cpo import CPO, CPOConfig
 from scpo_bench.baselines.cpo_dual import Case, TrustRegionStep
+from scpo_bench.baselines.crpo import CRPO
+from scpo_bench.baselines.trpo_lagrangian import TRPOLagrangian
 from scpo_bench.baselines.trust_region import Step, Surrogates
 
 torch.set_num_threads(1)  # the networks are too small for more threads to help
@@ -264,3 +266,100 @@ def test_cpo_accepts_by_the_constraint_value_of_its_update(monkeypatch):
         seen = record_update(agent, monkeypatch)
         agent.learn(400)
         assert seen["step"].accepts(Surrogates(np.array([-1.0, -1.0]), 0.0)) is accepted
+
+
+def test_diagnostics_are_of_the_accepted_step(monkeypatch):
+    """A gain reported under another signal's name would make a record say the opposite."""
+    agent = make(CPO)
+
+    def search(*arguments):
+        return Surrogates(np.array([0.25, -0.5]), 0.003), 0.64, 3
+
+    monkeypatch.setattr(agent, "_line_search", search)
+    agent.learn(400)
+    expected = {"reward_gain": 0.25, "cost_gain": -0.5, "kl": 0.003}
+    expected |= {"step_fraction": 0.64, "line_search_tried": 3.0}
+    assert expected.items() <= agent.diagnostics.items()
+
+
+# ---- TRPO on weighted advantages ----
+
+
+@pytest.mark.parametrize("mdp", [Speed(), SharedSpeed()], ids=["one action", "two actions"])
+@pytest.mark.parametrize("standardise", [True, False])
+def test_trpo_lagrangian_takes_the_natural_gradient_of_its_lagrangian(
+    mdp, standardise, monkeypatch
+):
+    """The step is sqrt(2 delta / g'H^-1 g) H^-1 g, with g by autograd and H written out.
+
+    The multiplier is 0.5 plus one Adam step of 0.1 up; it is accepted by the Lagrangian's gain.
+    """
+    agent = make(
+        TRPOLagrangian,
+        mdp,
+        cg_iterations=60,
+        policy_kwargs={"net_arch": [4]},
+        cost_limit=0.0,
+        multiplier_init=0.5,
+        multiplier_lr=0.1,
+        standardise_rewards=standardise,
+    )
+    seen = record_update(agent, monkeypatch)
+    agent.learn(400)
+    assert agent.diagnostics["multiplier"] == pytest.approx(0.6, abs=1e-6)
+    reward, cost = seen["batch"].advantages
+    reward = (reward - reward.mean()) / (reward.std() if standardise else 1.0)
+    lagrangian = (reward - 0.6 * (cost - cost.mean())) / 1.6
+    g = surrogate_gradient(seen["policy"], seen["batch"], lagrangian)
+    agent.policy = seen["policy"]
+    on_g = dense_solve(agent, seen["batch"], g)
+    expected = np.sqrt(2 * 0.01 * mdp.action_space.shape[0] / (g @ on_g)) * on_g
+    np.testing.assert_allclose(seen["step"].direction, expected, rtol=2e-2, atol=1e-3)
+    assert seen["step"].accepts(Surrogates(np.array([0.6001, 1.0]), 0.0))
+    assert not seen["step"].accepts(Surrogates(np.array([0.5999, 1.0]), 0.0))
+
+
+def test_trpo_lagrangian_weights_by_hand():
+    """(A_r - sum lambda_i A_ci) / (1 + sum lambda_i): the violated constraint's price rises."""
+    agent = make(
+        TRPOLagrangian,
+        cost_keys=("a", "b"),
+        cost_limit=(1.0, np.inf),
+        multiplier_init=2.9,
+        multiplier_lr=0.1,
+    )
+    weights, diagnostics = agent._weights(np.array([4.0, -np.inf]))
+    np.testing.assert_allclose(weights, [0.25, -0.75, 0.0], atol=1e-8)
+    assert diagnostics == {"multiplier_a": pytest.approx(3.0), "multiplier_b": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("excess", "weights"),
+    [
+        ([2.0, -3.0], [1.0, 0.0, 0.0]),  # within the tolerance of 2
+        ([-np.inf, -np.inf], [1.0, 0.0, 0.0]),
+        ([2.1, -3.0], [0.0, -1.0, 0.0]),
+        ([2.1, 3.0], [0.0, 0.0, -1.0]),  # the worst of several
+    ],
+)
+def test_crpo_steps_on_the_reward_or_on_the_worst_violated_cost(excess, weights):
+    """Xu et al., algorithm 1, with tolerance eta = 2; each kind of update is counted."""
+    agent = make(CRPO, cost_keys=("a", "b"), cost_limit=(1.0, 1.0), tolerance=2.0)
+    chosen, diagnostics = agent._weights(np.array(excess))
+    assert chosen.tolist() == weights
+    on_cost = weights[0] == 0.0
+    assert diagnostics == {
+        "on_cost": on_cost,
+        "updates_on_reward": 1 - on_cost,
+        "updates_on_cost": on_cost,
+    }
+
+
+def test_crpo_lowers_the_cost_where_it_violates():
+    """A whole update from outside: the surrogate cost falls, whatever the reward does."""
+    agent = make(CRPO, cost_limit=0.0, tolerance=0.0).learn(800)
+    assert agent.diagnostics["updates_on_cost"] == 2
+    assert agent.diagnostics["cost_gain"] < 0
+    agent = make(CRPO, cost_limit=1e6).learn(800)
+    assert agent.diagnostics["updates_on_reward"] == 2
+    assert agent.diagnostics["reward_gain"] > 0

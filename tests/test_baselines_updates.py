@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 from collections import Counter
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch.distributions import Normal
 from scpo_bench.baselines import cvpo, ppo_lagrangian
 from scpo_bench.baselines.actors import actor_of
 from scpo_bench.baselines.cpo import CPO, CPOConfig
+from scpo_bench.baselines.crpo import CRPO, CRPOConfig
 from scpo_bench.baselines.cvpo import CVPO, CVPOConfig
 from scpo_bench.baselines.cvpo_dual import cost_threshold, e_step
 from scpo_bench.baselines.cvpo_m_step import gaussian_kl_split, multipliers, weighted_moments
@@ -26,6 +28,7 @@ from scpo_bench.baselines.on_policy import OnPolicyConfig
 from scpo_bench.baselines.ppo_lagrangian import PPOLagrangian
 from scpo_bench.baselines.rollout import Rollout
 from scpo_bench.baselines.sac_lagrangian import SACLagrangian, SACLagrangianConfig
+from scpo_bench.baselines.trpo_lagrangian import TRPOLagrangian, TRPOLagrangianConfig
 
 torch.set_num_threads(1)  # the networks are too small for more threads to help
 
@@ -127,7 +130,9 @@ def test_the_batch_of_an_update_has_a_discount_per_signal():
     np.testing.assert_array_equal(batch.observations[:5], agent.rollout_buffer.observations[0])
 
 
-@pytest.mark.parametrize("agent_class", [PPOLagrangian, CPO, CVPO, SACLagrangian])
+@pytest.mark.parametrize(
+    "agent_class", [PPOLagrangian, CPO, TRPOLagrangian, CRPO, CVPO, SACLagrangian]
+)
 def test_cost_estimates_are_of_one_update(agent_class):
     """Episodes of earlier updates are not counted again."""
     agent = make(agent_class, steps_per_update=400)
@@ -136,7 +141,9 @@ def test_cost_estimates_are_of_one_update(agent_class):
     assert agent.episode_costs.all_episodes == 20
 
 
-@pytest.mark.parametrize("agent_class", [PPOLagrangian, CPO, CVPO, SACLagrangian])
+@pytest.mark.parametrize(
+    "agent_class", [PPOLagrangian, CPO, TRPOLagrangian, CRPO, CVPO, SACLagrangian]
+)
 def test_a_reset_from_outside_drops_running_episodes(agent_class):
     """A cost collected before a reset would be charged to an episode that never ended."""
     agent = make(agent_class, **{"steps_per_update": 100})
@@ -252,6 +259,36 @@ def test_ppo_lagrangian_stops_its_passes_beyond_the_kl_bound():
     assert short.diagnostics["passes"] == 1
     assert short.diagnostics["kl"] > 1e-9
     assert make(PPOLagrangian, target_kl=1e9).learn(400).diagnostics["passes"] == 3
+
+
+# ---- the initial deviation ----
+
+
+class Ranges(Speed):
+    """Two actions, of half range 0.4 and, off centre, 3. Only the first counts."""
+
+    action_space = spaces.Box(np.array([-0.4, 0.0], np.float32), np.array([0.4, 6.0], np.float32))
+
+
+@pytest.mark.parametrize("agent_class", [PPOLagrangian, CPO])
+def test_the_initial_deviation_is_in_half_ranges_of_the_actions(agent_class):
+    """With a deviation of 1 on Humanoid's actions of +-0.4, half of the samples are clipped.
+
+    log 0.5 + log (0.4, 3). What ``policy_kwargs`` says is SB3's, in action units. A loaded
+    policy keeps what it has learned.
+    """
+    agent = make(agent_class, MdpVecEnv(Ranges(), 5), initial_log_std=np.log(0.5))
+    std = agent.policy.log_std.detach().exp().numpy()
+    np.testing.assert_allclose(std, [0.2, 1.5], rtol=1e-6)
+    given = make(agent_class, MdpVecEnv(Ranges(), 5), policy_kwargs={"log_std_init": -2.0})
+    assert given.policy.log_std.tolist() == [-2.0] * 2
+    agent.learn(400)
+    file = io.BytesIO()
+    agent.save(file)
+    file.seek(0)
+    loaded = agent_class.load(file, MdpVecEnv(Ranges(), 5))
+    assert loaded.policy.log_std.tolist() == agent.policy.log_std.tolist()
+    assert agent.policy.log_std[0].item() != pytest.approx(np.log(0.2), abs=1e-6)
 
 
 # ---- CVPO ----
@@ -706,6 +743,11 @@ def test_normalisation_is_restored_except_for_other_numbers_of_environments():
         (CPOConfig, "line_search_steps", [1], [0]),
         (CPOConfig, "cg_damping", [0.0], [-1.0]),
         (CPOConfig, "line_search_shrink", [0.5], [0.0, 1.0]),
+        (TRPOLagrangianConfig, "multiplier_init", [0.0], [-1.0]),
+        (TRPOLagrangianConfig, "multiplier_lr", [0.0], [-1.0]),
+        (TRPOLagrangianConfig, "cg_iterations", [1], [0]),
+        (CRPOConfig, "tolerance", [0.0], [-1.0]),
+        (CRPOConfig, "cg_iterations", [1], [0]),
         (ppo_lagrangian.PPOLagrangianConfig, "actor_lr", [1e-9], [0.0]),
         (ppo_lagrangian.PPOLagrangianConfig, "clip_range", [1e-9], [0.0]),
         (ppo_lagrangian.PPOLagrangianConfig, "multiplier_init", [0.0], [-1.0]),
@@ -747,7 +789,7 @@ def test_every_limit_is_checked_and_has_its_key():
         OnPolicyConfig(**keys, cost_limit=(-1.0, 2.0))
 
 
-@pytest.mark.parametrize("agent_class", [PPOLagrangian, CPO])
+@pytest.mark.parametrize("agent_class", [PPOLagrangian, CPO, TRPOLagrangian, CRPO])
 def test_on_policy_agents_run_on_the_cpu(agent_class):
     """A device that is asked for and not used would be a surprise."""
     assert make(agent_class, device="auto").device.type == "cpu"

@@ -53,6 +53,8 @@ CELLS = {
         "config": {"steps_per_update": 40, "critic_passes": 5},
     },
     "cpo": {**REGRESSION, "steps": 2000, "config": {"steps_per_update": 40}},
+    "trpo-lagrangian": {**REGRESSION, "steps": 2000, "config": {"steps_per_update": 40}},
+    "crpo": {**REGRESSION, "steps": 2000, "config": {"steps_per_update": 40}},
     "cvpo": {
         **REGRESSION,
         "steps": 1600,

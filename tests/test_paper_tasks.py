@@ -196,6 +196,8 @@ SMALL = {
     "ppo": {"n_steps": 30, "batch_size": 60, "learning_rate": 0.01},
     "ppo-lagrangian": {"steps_per_update": 120, "critic_passes": 1, "actor_lr": 0.01},
     "cpo": {"steps_per_update": 120, "critic_passes": 1, "target_kl": 0.1},
+    "trpo-lagrangian": {"steps_per_update": 120, "critic_passes": 1, "target_kl": 0.1},
+    "crpo": {"steps_per_update": 120, "critic_passes": 1, "target_kl": 0.1},
     "cvpo": {"steps_per_update": 120, "learning_starts": 0, "updates_per_step": 0.2},
     "sac-lagrangian": {"steps_per_update": 120, "learning_starts": 0, "updates_per_step": 0.2},
 }

@@ -405,7 +405,9 @@ def test_what_is_not_covered_is_named():
         from_modules(nn.Sequential(linear, nn.Tanh()), nn.Linear(4, 1), nn.ReLU())
 
 
-@pytest.mark.parametrize("agent", ["sgd", "ppo", "ppo-lagrangian", "cpo", "cvpo", "sac-lagrangian"])
+@pytest.mark.parametrize(
+    "agent", ["sgd", "ppo", "ppo-lagrangian", "cpo", "crpo", "cvpo", "sac-lagrangian"]
+)
 def test_every_agent_that_starts_at_a_backup_is_described(agent):
     """The prover's function is the deployed policy's own, for all agents of the suites."""
     cell = Cell(agent=agent, task=IMITATION, seed=0, steps=100, start="backup", cost_limit=0.0)

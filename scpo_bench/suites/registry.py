@@ -87,6 +87,14 @@ _AGENTS = (
         "cpo", "scpo_bench.baselines.cpo:CPO", "constrained policy optimisation (exact dual)"
     ),
     AgentSpec(
+        "trpo-lagrangian",
+        "scpo_bench.baselines.trpo_lagrangian:TRPOLagrangian",
+        "trust-region steps, learned multipliers",
+    ),
+    AgentSpec(
+        "crpo", "scpo_bench.baselines.crpo:CRPO", "steps on reward or, beyond the limit, on cost"
+    ),
+    AgentSpec(
         "cvpo", "scpo_bench.baselines.cvpo:CVPO", "constrained variational policy optimisation"
     ),
     AgentSpec(
