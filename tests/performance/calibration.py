@@ -418,6 +418,8 @@ def main() -> None:
         command.add_argument("--steps", type=int, default=STEPS)
         command.add_argument("--data", type=Path, default=DATA)
     arguments = parser.parse_args()
+    if arguments.steps < STEPS_PER_UPDATE:
+        parser.error(f"--steps: expected at least one update of {STEPS_PER_UPDATE} steps")
     sys.exit(min(arguments.function(arguments), 1))
 
 
