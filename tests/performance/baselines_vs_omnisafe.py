@@ -9,81 +9,37 @@ observation normalisation with clip 5, one process, the same number of environme
 ``--threads`` torch threads (its own default of 16 is slower on a small machine), ours with one. Run
 it on an otherwise idle machine.
 
-OmniSafe is never a dependency of this project. It needs Python 3.10 and old pins, so it lives in a
-virtual environment of its own, created on first use in the folder for temporary files (about 3 GB,
-mostly torch's CUDA libraries, which are not used):
-
-    python3.10 -m venv VENV
-    VENV/bin/pip install omnisafe==0.5.0 "numpy<2" "torch==2.4.1" "moviepy<2" "setuptools<80"
-
-numpy<2: its pandas is built against 1.x; torch 2.4.1: the newest tried with it; moviepy<2 and
-setuptools<80: modules it imports were removed later.
+OmniSafe's environment is created on first use: see side_by_side.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
-import shutil
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
-from typing import Any
+
+from side_by_side import (
+    THEIR_NAMES,
+    make_environments,
+    normalised,
+    omnisafe_python,
+    train_omnisafe,
+)
 
 UPDATES, STEPS_PER_UPDATE = 2, 20_000
-PINS = ["omnisafe==0.5.0", "numpy<2", "torch==2.4.1", "moviepy<2", "setuptools<80"]
-THEIR_NAMES = {"ppo-lagrangian": "PPOLag", "cpo": "CPO"}
-
-# Runs in the other environment: argv = algorithm, task, steps, environments, threads. Timings come
-# from its own progress.csv.
-OMNISAFE_RUN = """
-import sys, time
-import omnisafe
-if __name__ == "__main__":
-    algorithm, task, steps, envs, threads = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:6])
-    train = {"total_steps": steps, "vector_env_nums": envs, "torch_threads": threads}
-    logs = {"use_wandb": False, "use_tensorboard": False, "log_dir": "runs"}
-    agent = omnisafe.Agent(algorithm, task, custom_cfgs={"train_cfgs": train, "logger_cfgs": logs})
-    start = time.perf_counter()
-    agent.learn()
-    print("SECONDS", time.perf_counter() - start)
-"""
-
-
-def omnisafe_python(given: str | None) -> Path:
-    """The interpreter of OmniSafe's environment, which is created if necessary."""
-    if given:
-        return Path(given)
-    venv = Path(tempfile.gettempdir()) / "scpo-bench-omnisafe-0.5.0"
-    python = venv / "bin" / "python"
-    if not python.exists():
-        base = shutil.which("python3.10") or sys.exit(
-            "needs a python3.10 on the path (or --omnisafe-python)"
-        )
-        subprocess.run([base, "-m", "venv", venv], check=True)
-        subprocess.run([python, "-m", "pip", "install", "--no-cache-dir", *PINS], check=True)
-    return python
 
 
 def run_omnisafe(
     python: Path, agent: str, task: str, num_envs: int, threads: int
 ) -> dict[str, float]:
     """Steps per second, and seconds per update spent in rollout and update."""
-    with tempfile.TemporaryDirectory() as folder:
-        script = Path(folder) / "run_omnisafe.py"
-        script.write_text(OMNISAFE_RUN)
-        arguments = [THEIR_NAMES[agent], task, UPDATES * STEPS_PER_UPDATE, num_envs, threads]
-        command = [str(python), str(script), *map(str, arguments)]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        if done.returncode:
-            sys.exit(f"OmniSafe failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-        seconds = float(done.stdout.split("SECONDS")[-1])
-        with next(Path(folder).rglob("progress.csv")).open() as file:
-            rows = list(csv.DictReader(file))
+    train = {"total_steps": UPDATES * STEPS_PER_UPDATE, "vector_env_nums": num_envs}
+    settings = {"train_cfgs": {**train, "torch_threads": threads}}
+    trained = train_omnisafe(python, agent, task, settings)
+    rows, seconds = trained.progress, trained.seconds
     rollout = sum(float(row["Time/Rollout"]) for row in rows) / len(rows)
     update = sum(float(row["Time/Update"]) for row in rows) / len(rows)
     return {
@@ -91,18 +47,6 @@ def run_omnisafe(
         "rollout_s": rollout,
         "update_s": update,
     }
-
-
-def make_environments(task: str, num_envs: int) -> Any:
-    """The task as our agents train on it: SB3's DummyVecEnv, observations clipped at 5."""
-    import gymnasium as gym
-    from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
-
-    from scpo_bench.envs.safety_gymnasium import register_safety_gymnasium
-
-    register_safety_gymnasium()
-    env = DummyVecEnv([lambda: gym.make(task)] * num_envs)
-    return VecNormalize(env, norm_reward=False, clip_obs=5.0)
 
 
 def run_ours(agent: str, task: str, num_envs: int) -> dict[str, float]:
@@ -131,7 +75,7 @@ def run_ours(agent: str, task: str, num_envs: int) -> dict[str, float]:
 
     stopwatch = Stopwatch()
     agent_class = {"ppo-lagrangian": PPOLagrangian, "cpo": CPO}[agent]
-    learner = agent_class("MlpPolicy", make_environments(task, num_envs), seed=0)
+    learner = agent_class("MlpPolicy", normalised(make_environments(task, num_envs)), seed=0)
     start = time.perf_counter()
     learner.learn(UPDATES * STEPS_PER_UPDATE, stopwatch)
     end = time.perf_counter()
