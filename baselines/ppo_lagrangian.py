@@ -19,12 +19,19 @@ from scpo_bench.baselines.multipliers import (
 )
 from scpo_bench.baselines.networks import Array
 from scpo_bench.baselines.on_policy import ConstrainedOnPolicy, OnPolicyConfig
-from scpo_bench.configuration import require
+from scpo_bench.configuration import Range, SearchSpace, require
 
 
 @dataclass(frozen=True, kw_only=True)
 class PPOLagrangianConfig(OnPolicyConfig):
     """``critic_passes`` counts the actor's passes as well; ``target_kl`` ends them early."""
+
+    search_space: ClassVar[SearchSpace] = {
+        **OnPolicyConfig.search_space,
+        "actor_lr": Range(1e-4, 3e-3, log=True),
+        "multiplier_init": Range(0.0, 5.0),
+        "multiplier_lr": Range(0.01, 5.0, log=True),
+    }
 
     actor_lr: float = 3e-4
     """Adam step size of the actor, > 0."""
