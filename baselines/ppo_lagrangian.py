@@ -29,8 +29,8 @@ class PPOLagrangianConfig(OnPolicyConfig):
     search_space: ClassVar[SearchSpace] = {
         **OnPolicyConfig.search_space,
         "actor_lr": Range(1e-4, 3e-3, log=True),
-        "multiplier_init": Range(0.0, 5.0),
-        "multiplier_lr": Range(0.01, 5.0, log=True),
+        "multiplier_init": Range(0.01, 300.0, log=True),
+        "multiplier_lr": Range(0.01, 10.0, log=True),
     }
 
     actor_lr: float = 3e-4

@@ -14,12 +14,18 @@ from numpy.typing import NDArray
 from scpo_bench.baselines.multipliers import Multipliers, projected_adam_ascent
 from scpo_bench.baselines.on_policy import OnPolicyConfig
 from scpo_bench.baselines.trust_region import TrustRegionConfig, WeightedTRPO
-from scpo_bench.configuration import require
+from scpo_bench.configuration import Range, SearchSpace, require
 
 
 @dataclass(frozen=True, kw_only=True)
 class TRPOLagrangianConfig(TrustRegionConfig):
     """Defaults as in OmniSafe 0.5.0, configs/on-policy/TRPOLag.yaml."""
+
+    search_space: ClassVar[SearchSpace] = {
+        **TrustRegionConfig.search_space,
+        "multiplier_init": Range(0.01, 300.0, log=True),
+        "multiplier_lr": Range(0.01, 10.0, log=True),
+    }
 
     standardise_rewards: bool = True
     """Whether reward advantages are divided by their standard deviation; cost advantages never are.
