@@ -89,6 +89,21 @@ class Actor:
 
     def backward(self, head: Array, actions: NDArray[Any], weights: Array) -> None:
         """Gradient of sum_b weights_b log pi(a_b | s_b) into ``mlp.grad``. weights: [B]."""
+        self.backpropagate(*self.log_prob_gradient(head, actions, weights))
+
+    def backpropagate(self, d_head: Array, d_extra: Array) -> None:
+        """Gradient of L into ``mlp.grad``, from its derivatives at the last ``head`` call.
+
+        d_head: in the head [B, A]; d_extra: in the parameters of ``dist_extra``.
+        """
+        for grad, d in zip(self.mlp.extra_grads, [d_extra]):
+            grad[:] = d
+        self._backward(d_head)
+
+    def log_prob_gradient(
+        self, head: Array, actions: NDArray[Any], weights: Array
+    ) -> tuple[Array, Array]:
+        """Derivatives of sum_b weights_b log pi(a_b | s_b), as ``backpropagate`` takes them."""
         raise NotImplementedError
 
     def gradient(self, head: Array, actions: NDArray[Any], weights: Array) -> Array:
@@ -98,6 +113,16 @@ class Actor:
 
     def kl(self, old_head: Array, old_extra: Array, head: Array) -> float:
         """Mean over states of KL(old || this)."""
+        raise NotImplementedError
+
+    def kl_to(self, old_head: Array, old_extra: Array, head: Array) -> Array:
+        """KL(this || old) at each state: [B]."""
+        raise NotImplementedError
+
+    def kl_to_gradient(
+        self, old_head: Array, old_extra: Array, head: Array, weights: Array
+    ) -> tuple[Array, Array]:
+        """Derivatives of sum_b weights_b KL_b(this || old), as ``backpropagate`` takes them."""
         raise NotImplementedError
 
     def fisher_product(self, head: Array, direction: Array) -> Array:
@@ -127,20 +152,35 @@ class GaussianActor(Actor):
         z = (actions - head) * np.exp(-log_std)
         return -0.5 * np.einsum("ba,ba->b", z, z) - (log_std.sum() + 0.5 * log_std.size * LOG_2PI)
 
-    def backward(self, head: Array, actions: NDArray[Any], weights: Array) -> None:
+    def log_prob_gradient(
+        self, head: Array, actions: NDArray[Any], weights: Array
+    ) -> tuple[Array, Array]:
         inverse_std = np.exp(-self.mlp.extra[0])
         z = (actions - head) * inverse_std
         weighted = z * weights[:, None]
         # d log p / d log_std = z^2 - 1 and d log p / d mean = z / std.
-        self.mlp.extra_grads[0][:] = np.einsum("ba,ba->a", weighted, z) - weights.sum()
+        d_extra = np.einsum("ba,ba->a", weighted, z) - weights.sum()
         weighted *= inverse_std
-        self._backward(weighted)
+        return weighted, d_extra
 
     def kl(self, old_head: Array, old_extra: Array, head: Array) -> float:
         log_std = self.mlp.extra[0].astype(np.float64)
         variance, old_variance = np.exp(2 * log_std), np.exp(2 * old_extra.astype(np.float64))
         shift = np.mean((head - old_head) ** 2, axis=0, dtype=np.float64)
         return float(np.sum(log_std - old_extra + (old_variance + shift) / (2 * variance) - 0.5))
+
+    def kl_to(self, old_head: Array, old_extra: Array, head: Array) -> Array:
+        log_std = self.mlp.extra[0]
+        shift = (head - old_head) * np.exp(-old_extra)
+        of_std = old_extra - log_std + 0.5 * np.exp(2 * (log_std - old_extra)) - 0.5
+        return 0.5 * np.einsum("ba,ba->b", shift, shift) + of_std.sum()
+
+    def kl_to_gradient(
+        self, old_head: Array, old_extra: Array, head: Array, weights: Array
+    ) -> tuple[Array, Array]:
+        d_head = (head - old_head) * np.exp(-2 * old_extra) * weights[:, None]
+        # d KL / d log_std = (std / old std)^2 - 1, at every state.
+        return d_head, weights.sum() * np.expm1(2 * (self.mlp.extra[0] - old_extra))
 
     def fisher_product(self, head: Array, direction: Array) -> Array:
         tangent = self._tangent(direction)
@@ -171,15 +211,30 @@ class CategoricalActor(Actor):
     def log_prob(self, head: Array, actions: NDArray[Any]) -> Array:
         return self._log_softmax(head)[np.arange(len(head)), actions]
 
-    def backward(self, head: Array, actions: NDArray[Any], weights: Array) -> None:
+    def log_prob_gradient(
+        self, head: Array, actions: NDArray[Any], weights: Array
+    ) -> tuple[Array, Array]:
         d_head = -np.exp(self._log_softmax(head))
         d_head[np.arange(len(head)), actions] += 1.0
         d_head *= weights[:, None]
-        self._backward(d_head)
+        return d_head, self.dist_extra()
 
     def kl(self, old_head: Array, old_extra: Array, head: Array) -> float:
         old, new = self._log_softmax(old_head), self._log_softmax(head)
         return float(np.mean(np.sum(np.exp(old) * (old - new), axis=1), dtype=np.float64))
+
+    def kl_to(self, old_head: Array, old_extra: Array, head: Array) -> Array:
+        old, new = self._log_softmax(old_head), self._log_softmax(head)
+        return np.sum(np.exp(new) * (new - old), axis=1)
+
+    def kl_to_gradient(
+        self, old_head: Array, old_extra: Array, head: Array, weights: Array
+    ) -> tuple[Array, Array]:
+        old, new = self._log_softmax(old_head), self._log_softmax(head)
+        p, log_ratio = np.exp(new), new - old
+        # d KL / d logit_j = p_j (log p_j - log old_j - KL)
+        d_head = p * (log_ratio - (p * log_ratio).sum(axis=1, keepdims=True))
+        return d_head * weights[:, None], self.dist_extra()
 
     def fisher_product(self, head: Array, direction: Array) -> Array:
         tangent = self._tangent(direction)

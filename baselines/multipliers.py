@@ -31,14 +31,15 @@ def projected_adam_ascent(
     multipliers: Multipliers,
     excess_C: ArrayLike,
     lr: float,
+    highest: float = np.inf,
     beta1: float = 0.9,
     beta2: float = 0.999,
 ) -> Multipliers:
-    """One Adam step of lambda along ``excess`` = J_C - limit [C], projected onto lambda >= 0.
+    """One Adam step of lambda along ``excess`` = J_C - limit [C], projected onto [0, highest].
 
     A constraint with an infinite limit (excess -inf) has multiplier exactly 0. Where the projection
-    acts, a first moment that still points below zero is dropped: kept, it would delay the response
-    to the next violation (wind-up).
+    acts, a first moment that still points outside is dropped: kept, it would delay the response to
+    the next change of sign (wind-up).
     Source: Kingma & Ba 2015, arXiv 1412.6980, algorithm 1; Ray, Achiam, Amodei 2019, appendix.
     """
     excess = np.asarray(excess_C, dtype=np.float64)
@@ -49,9 +50,9 @@ def projected_adam_ascent(
     second = beta2 * multipliers.second_moment + (1 - beta2) * gradient**2
     move = lr * (first / (1 - beta1**step)) / (np.sqrt(second / (1 - beta2**step)) + 1e-8)
     value = multipliers.value + move
-    wound = (value <= 0.0) & (first < 0.0)
+    wound = ((value <= 0.0) & (first < 0.0)) | ((value >= highest) & (first > 0.0))
     return Multipliers(
-        np.where(unconstrained, 0.0, np.maximum(value, 0.0)),
+        np.where(unconstrained, 0.0, np.clip(value, 0.0, highest)),
         np.where(wound, 0.0, first),
         second,
         step,

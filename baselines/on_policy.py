@@ -1,4 +1,4 @@
-"""What PPO-Lagrangian and CPO share: collecting data with costs, advantages, fitting critics."""
+"""What the on-policy agents share: collecting data with costs, advantages, fitting critics."""
 
 from __future__ import annotations
 
@@ -100,6 +100,10 @@ class OnPolicyConfig:
     def limits(self) -> NDArray[np.float64]:
         """Cost limits as an array [C]."""
         return np.atleast_1d(np.asarray(self.cost_limit, dtype=np.float64))
+
+    def key_suffixes(self) -> list[str]:
+        """What tells the diagnostics of several costs apart; nothing where there is one."""
+        return [""] if len(self.cost_keys) == 1 else [f"_{key}" for key in self.cost_keys]
 
 
 class ConstrainedOnPolicy(ConstrainedAlgorithm, OnPolicyAlgorithm):

@@ -56,10 +56,6 @@ class TrustRegionConfig(OnPolicyConfig):
         require(self, "cg_damping", low=0)
         require(self, "line_search_shrink", above=0, high=0.999)
 
-    def key_suffixes(self) -> list[str]:
-        """What tells the diagnostics of several costs apart; nothing where there is one."""
-        return [""] if len(self.cost_keys) == 1 else [f"_{key}" for key in self.cost_keys]
-
 
 @dataclass(frozen=True)
 class Surrogates:

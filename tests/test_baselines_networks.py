@@ -12,9 +12,9 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
 
 from scpo_bench.baselines.actors import actor_of
+from scpo_bench.baselines.first_order import clipped_surrogate_weights
 from scpo_bench.baselines.networks import Adam, Mlp, sequential_layers
 from scpo_bench.baselines.off_policy_networks import Critics, GaussianActor
-from scpo_bench.baselines.ppo_lagrangian import clipped_surrogate_weights
 from scpo_bench.baselines.replay import FIELDS, CostReplay
 from scpo_bench.policies import AffineBackup, BackupActorCriticPolicy
 

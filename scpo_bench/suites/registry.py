@@ -83,6 +83,13 @@ _AGENTS = (
     AgentSpec(
         "ppo-lagrangian", "scpo_bench.baselines.ppo_lagrangian:PPOLagrangian", "learned multipliers"
     ),
+    AgentSpec("ppo-pid", "scpo_bench.baselines.ppo_pid:PPOPID", "PID-controlled multipliers"),
+    AgentSpec(
+        "focops",
+        "scpo_bench.baselines.focops:FOCOPS",
+        "first-order constrained optimisation in policy space",
+    ),
+    AgentSpec("p3o", "scpo_bench.baselines.p3o:P3O", "PPO with an exact penalty on cost"),
     AgentSpec(
         "cpo", "scpo_bench.baselines.cpo:CPO", "constrained policy optimisation (exact dual)"
     ),
