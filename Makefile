@@ -27,6 +27,7 @@ leaderboard: $(INSTALLED)  ## generate the tables in README.md and docs/
 	$(BIN)/python -m scpo_bench.leaderboard.readme docs/paper.md results paper
 	$(BIN)/python -m scpo_bench.leaderboard.readme docs/scpo_rl.md results scpo-rl
 	$(BIN)/python -m scpo_bench.leaderboard.readme docs/leaderboard.md
+	$(BIN)/python -m scpo_bench.leaderboard.readme docs/protocol.md agents
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix scpo_bench envs baselines tests

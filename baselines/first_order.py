@@ -27,7 +27,7 @@ class FirstOrderConfig(OnPolicyConfig):
 
     search_space: ClassVar[SearchSpace] = {
         **OnPolicyConfig.search_space,
-        "actor_lr": Range(1e-4, 1e-2, log=True),
+        "actor_lr": Range(1e-4, 3e-3, log=True),
     }
 
     actor_lr: float = 3e-4

@@ -29,9 +29,9 @@ class FOCOPSConfig(FirstOrderConfig):
 
     search_space: ClassVar[SearchSpace] = {
         **FirstOrderConfig.search_space,
-        "multiplier_init": Range(1e-3, 10.0, log=True),
-        "multiplier_lr": Range(1e-2, 2.0, log=True),
-        "multiplier_max": Range(2.0, 200.0, log=True),
+        "multiplier_init": Range(0.01, 300.0, log=True),
+        "multiplier_lr": Range(0.01, 10.0, log=True),
+        "multiplier_max": Range(2.0, 300.0, log=True),
         "temperature": Range(0.3, 10.0, log=True),
     }
 

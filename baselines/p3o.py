@@ -29,7 +29,7 @@ class P3OConfig(ClippedConfig):
 
     search_space: ClassVar[SearchSpace] = {
         **ClippedConfig.search_space,
-        "penalty": Range(1.0, 100.0, log=True),
+        "penalty": Range(1.0, 1000.0, log=True),
         "critic_passes": Range(5, 40),
     }
 

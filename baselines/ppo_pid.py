@@ -34,9 +34,9 @@ class PPOPIDConfig(ClippedConfig):
 
     search_space: ClassVar[SearchSpace] = {
         **ClippedConfig.search_space,
-        "multiplier_init": Range(1e-3, 10.0, log=True),
-        "proportional_gain": Range(1e-2, 10.0, log=True),
-        "integral_gain": Range(1e-3, 1.0, log=True),
+        "multiplier_init": Range(0.01, 300.0, log=True),
+        "proportional_gain": Range(0.01, 100.0, log=True),
+        "integral_gain": Range(1e-3, 10.0, log=True),
         "derivative_gain": Range(1e-3, 10.0, log=True),
         "smoothing": (0.0, 0.5, 0.8, 0.95),
     }

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from scpo_bench.cli import app
-from scpo_bench.leaderboard.readme import current, generated
+from scpo_bench.leaderboard.readme import agent_table, current, generated
 from scpo_bench.submissions.verify import verify
 
 ROOT = Path(__file__).parent.parent
@@ -32,6 +32,12 @@ def test_committed_leaderboards_are_what_the_records_give(file, name):
     assert shown == generated(ROOT / "results", suite, *task)
     report = verify(ROOT / "results" / suite)
     assert report.ok, str(report)
+
+
+def test_documented_agents_are_the_agents():
+    """What an agent sees of the constraints is part of the protocol: `make leaderboard`."""
+    text = (ROOT / "docs" / "protocol.md").read_text(encoding="utf-8")
+    assert current(text, "agents") == agent_table()
 
 
 def test_example_agent_of_contributing_runs(tmp_path):

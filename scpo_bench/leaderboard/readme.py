@@ -2,7 +2,8 @@
 
 ``python -m scpo_bench.leaderboard.readme README.md results paper`` replaces the text between the
 two marker comments of a suite by its leaderboard, with a task id behind it by that task's table
-alone; ``python -m scpo_bench.leaderboard.readme docs/leaderboard.md`` writes the table of columns.
+alone; ``python -m scpo_bench.leaderboard.readme docs/leaderboard.md`` writes the table of columns,
+with ``docs/protocol.md agents`` that of the agents.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from scpo_bench.leaderboard.columns import COLUMNS
 from scpo_bench.leaderboard.render import markdown_table, render
 from scpo_bench.leaderboard.tables import leaderboard, load
 from scpo_bench.records.files import write_atomically
+from scpo_bench.suites import listing
 from scpo_bench.suites.cells import cells, run_folder
 from scpo_bench.suites.schema import PACKAGED_FILE, load_benchmarks
 
@@ -50,6 +52,12 @@ def column_table() -> str:
     return "\n".join(markdown_table(["Column", "Unit", "Heading", "Meaning"], [True] * 4, rows))
 
 
+def agent_table() -> str:
+    """The agents and what each of them sees of the constraints, in Markdown."""
+    header, *rows = listing.agents()
+    return "\n".join(markdown_table(list(header), [True] * len(header), list(map(list, rows))))
+
+
 def current(text: str, name: str) -> str:
     """What stands between the markers. ValueError if they are not there."""
     begin, end = markers(name)
@@ -61,7 +69,10 @@ def current(text: str, name: str) -> str:
 def main() -> None:
     file, *source = sys.argv[1:]
     name = " ".join(source[1:]) if source else "columns"
-    new = generated(Path(source[0]), *source[1:]) if source else column_table()
+    if source == ["agents"]:
+        name, new = "agents", agent_table()
+    else:
+        new = generated(Path(source[0]), *source[1:]) if source else column_table()
     text = Path(file).read_text(encoding="utf-8")
     begin, end = markers(name)
     current(text, name)

@@ -19,10 +19,10 @@ def tasks() -> Rows:
 
 
 def agents() -> Rows:
-    yield "agent", "what it is", "needs"
+    yield "agent", "what it is", "sees of the constraints", "needs", "source"
     for agent in registry.agents().values():
         needs = ["labels"] * agent.needs_labels + ["batched task"] * agent.needs_batched
-        yield agent.name, agent.summary, ", ".join(needs)
+        yield agent.name, agent.summary, agent.sees, ", ".join(needs), agent.source
 
 
 def suites(benchmarks: Benchmarks) -> Rows:

@@ -35,79 +35,148 @@ class AgentSpec:
     entry: str
     """module:Class."""
     summary: str
+    sees: str = "unknown"
+    """What it is told of the constraints in training (docs/protocol.md)."""
+    source: str = ""
+    """The paper that it is from."""
     needs_labels: bool = False
     """Works only where ``info["expert_action"]`` is given."""
     needs_batched: bool = False
     """Works only on tasks whose dynamics are pure functions."""
 
 
+_COSTS = "costs"
+_SIGNED = "signed values, simulated"
 _AGENTS = (
     AgentSpec(
-        "scpo", "scpo_bench.scpo.agent:SCPO", "safe by certificate: projected updates", True, True
+        name="scpo",
+        entry="scpo_bench.scpo.agent:SCPO",
+        summary="safe by certificate: projected updates",
+        sees=_SIGNED,
+        source="arXiv 2512.13788",
+        needs_labels=True,
+        needs_batched=True,
     ),
     AgentSpec(
-        "scpo-pointwise",
-        "scpo_bench.scpo.agent:PointwiseSCPO",
-        "SCPO, one constraint per start state and step",
-        True,
-        True,
+        name="scpo-pointwise",
+        entry="scpo_bench.scpo.agent:PointwiseSCPO",
+        summary="SCPO, one constraint per start state and step",
+        sees=_SIGNED,
+        source="this project",
+        needs_labels=True,
+        needs_batched=True,
     ),
     AgentSpec(
-        "scpo-certified",
-        "scpo_bench.scpo.agent:CertifiedSCPO",
-        "the same, deployed on the certificate alone",
-        True,
-        True,
+        name="scpo-certified",
+        entry="scpo_bench.scpo.agent:CertifiedSCPO",
+        summary="the same, deployed on the certificate alone",
+        sees=_SIGNED,
+        source="this project",
+        needs_labels=True,
+        needs_batched=True,
     ),
     AgentSpec(
-        "scpo-proven",
-        "scpo_bench.scpo.agent:ProvenSCPO",
-        "SCPO in closed form, every policy proved",
-        True,
-        True,
+        name="scpo-proven",
+        entry="scpo_bench.scpo.agent:ProvenSCPO",
+        summary="SCPO in closed form, every policy proved",
+        sees="plant",
+        source="this project",
+        needs_labels=True,
+        needs_batched=True,
     ),
     AgentSpec(
-        "scpo-ppo", "scpo_bench.scpo.wrap:ProjectedPPO", "PPO with projected updates: any task"
+        name="scpo-ppo",
+        entry="scpo_bench.scpo.wrap:ProjectedPPO",
+        summary="PPO with projected updates: any task",
+        sees="signed values or costs, simulated",
+        source="this project",
     ),
     AgentSpec(
-        "sgd", "scpo_bench.scpo.gradient_descent:GradientDescent", "SCPO without projection", True
+        name="sgd",
+        entry="scpo_bench.scpo.gradient_descent:GradientDescent",
+        summary="SCPO without projection",
+        sees="nothing",
+        source="this project",
+        needs_labels=True,
     ),
     AgentSpec(
-        "penalty",
-        "scpo_bench.scpo.penalty:Penalty",
-        "gradient descent with a soft penalty",
-        True,
-        True,
-    ),
-    AgentSpec("ppo", "stable_baselines3:PPO", "unconstrained reference (Stable-Baselines3)"),
-    AgentSpec(
-        "ppo-lagrangian", "scpo_bench.baselines.ppo_lagrangian:PPOLagrangian", "learned multipliers"
-    ),
-    AgentSpec("ppo-pid", "scpo_bench.baselines.ppo_pid:PPOPID", "PID-controlled multipliers"),
-    AgentSpec(
-        "focops",
-        "scpo_bench.baselines.focops:FOCOPS",
-        "first-order constrained optimisation in policy space",
-    ),
-    AgentSpec("p3o", "scpo_bench.baselines.p3o:P3O", "PPO with an exact penalty on cost"),
-    AgentSpec(
-        "cpo", "scpo_bench.baselines.cpo:CPO", "constrained policy optimisation (exact dual)"
+        name="penalty",
+        entry="scpo_bench.scpo.penalty:Penalty",
+        summary="gradient descent with a soft penalty",
+        sees="signed values and their gradients, simulated",
+        source="arXiv 2512.13788, Figure 2",
+        needs_labels=True,
+        needs_batched=True,
     ),
     AgentSpec(
-        "trpo-lagrangian",
-        "scpo_bench.baselines.trpo_lagrangian:TRPOLagrangian",
-        "trust-region steps, learned multipliers",
+        name="ppo",
+        entry="stable_baselines3:PPO",
+        summary="unconstrained reference (Stable-Baselines3)",
+        sees="nothing",
+        source="arXiv 1707.06347",
     ),
     AgentSpec(
-        "crpo", "scpo_bench.baselines.crpo:CRPO", "steps on reward or, beyond the limit, on cost"
+        name="ppo-lagrangian",
+        entry="scpo_bench.baselines.ppo_lagrangian:PPOLagrangian",
+        summary="learned multipliers",
+        sees=_COSTS,
+        source="Ray, Achiam, Amodei 2019",
     ),
     AgentSpec(
-        "cvpo", "scpo_bench.baselines.cvpo:CVPO", "constrained variational policy optimisation"
+        name="ppo-pid",
+        entry="scpo_bench.baselines.ppo_pid:PPOPID",
+        summary="PID-controlled multipliers",
+        sees=_COSTS,
+        source="arXiv 2007.03964",
     ),
     AgentSpec(
-        "sac-lagrangian",
-        "scpo_bench.baselines.sac_lagrangian:SACLagrangian",
-        "soft actor-critic with a learned multiplier",
+        name="focops",
+        entry="scpo_bench.baselines.focops:FOCOPS",
+        summary="first-order constrained optimisation in policy space",
+        sees=_COSTS,
+        source="arXiv 2002.06506",
+    ),
+    AgentSpec(
+        name="p3o",
+        entry="scpo_bench.baselines.p3o:P3O",
+        summary="PPO with an exact penalty on cost",
+        sees=_COSTS,
+        source="arXiv 2205.11814",
+    ),
+    AgentSpec(
+        name="cpo",
+        entry="scpo_bench.baselines.cpo:CPO",
+        summary="constrained policy optimisation (exact dual)",
+        sees=_COSTS,
+        source="arXiv 1705.10528",
+    ),
+    AgentSpec(
+        name="trpo-lagrangian",
+        entry="scpo_bench.baselines.trpo_lagrangian:TRPOLagrangian",
+        summary="trust-region steps, learned multipliers",
+        sees=_COSTS,
+        source="Ray, Achiam, Amodei 2019",
+    ),
+    AgentSpec(
+        name="crpo",
+        entry="scpo_bench.baselines.crpo:CRPO",
+        summary="steps on reward or, beyond the limit, on cost",
+        sees=_COSTS,
+        source="arXiv 2011.05869",
+    ),
+    AgentSpec(
+        name="cvpo",
+        entry="scpo_bench.baselines.cvpo:CVPO",
+        summary="constrained variational policy optimisation",
+        sees=_COSTS,
+        source="arXiv 2201.11927",
+    ),
+    AgentSpec(
+        name="sac-lagrangian",
+        entry="scpo_bench.baselines.sac_lagrangian:SACLagrangian",
+        summary="soft actor-critic with a learned multiplier",
+        sees=_COSTS,
+        source="arXiv 1801.01290, 2201.11927",
     ),
 )
 
@@ -159,7 +228,10 @@ def agent_spec(name: str) -> AgentSpec:
     if name.startswith(FILTER_PREFIX):
         inner = agent_spec(name.removeprefix(FILTER_PREFIX))
         summary = f"{inner.name} behind a safety filter"
-        return AgentSpec(name, inner.entry, summary, inner.needs_labels, needs_batched=True)
+        sees = f"{inner.sees}; the filter: plant"
+        return AgentSpec(
+            name, inner.entry, summary, sees, inner.source, inner.needs_labels, needs_batched=True
+        )
     known = agents()
     if name in known:
         return known[name]
