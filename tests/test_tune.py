@@ -81,6 +81,12 @@ def test_violations_count_before_the_loss():
     configured = SGD_CELL.model_copy(update={"config": {**SGD, "a": 2}})
     assert study.found(configured)
     assert not study.found(SGD_CELL)
+    fine = study.model_copy(
+        update={"trials": [trials[0], Trial(config={"a": 0.123456}, violating_share=0, loss=1.0)]}
+    )
+    for value, same in ((0.123, True), (0.125, False), ("0.123", False)):
+        rounded = SGD_CELL.model_copy(update={"config": {**SGD, "a": value}})
+        assert fine.found(rounded) is same
     assert not study.found(configured.model_copy(update={"margin": 0.1}))
 
 

@@ -6,6 +6,7 @@ It is no part of a record. Whoever reads it compares it with the cell that it is
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -64,10 +65,23 @@ class Study(_Strict):
         return min(self.trials, key=Trial.merit)
 
     def found(self, cell: Cell) -> bool:
-        """Whether ``cell`` is configured as the best trial was: same agent, task and settings."""
+        """Whether ``cell`` is configured as the best trial was: same agent, task and settings.
+
+        Numbers are compared in three digits, as many as ``tune`` prints for the suites file.
+        """
         own = (self.cell.agent, self.cell.task, self.cell.env, self.cell.margin)
         best = {**self.cell.config, **self.best().config}
-        return own == (cell.agent, cell.task, cell.env, cell.margin) and best == cell.config
+        return (
+            own == (cell.agent, cell.task, cell.env, cell.margin)
+            and best.keys() == cell.config.keys()
+            and all(_equal(value, cell.config[name]) for name, value in best.items())
+        )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, float) and isinstance(b, int | float):
+        return math.isclose(a, b, rel_tol=6e-3)
+    return bool(a == b)
 
 
 def write_study(folder: Path, study: Study) -> None:

@@ -120,7 +120,11 @@ def trial_line(trial: Trial) -> str:
 
 def yaml_line(study: Study) -> str:
     """The agent's configuration for the suites file, with the best trial's values."""
-    config = {**study.cell.config, **study.best().config}
+    chosen = {
+        name: float(f"{value:.3g}") if isinstance(value, float) else value
+        for name, value in study.best().config.items()
+    }
+    config = {**study.cell.config, **chosen}
     text = yaml.safe_dump(config, default_flow_style=True, sort_keys=False, width=10**6)
     return f"{study.cell.agent}: {text.strip()}"
 
