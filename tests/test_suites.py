@@ -372,6 +372,20 @@ def test_committed_suites_keep_their_cells():
     assert {n: hashlib.sha256(k.encode()).hexdigest()[:16] for n, k in found.items()} == DIGESTS
 
 
+def test_committed_suites_keep_to_the_protocol():
+    """docs/protocol.md: told limit = judged limit, and one margin for all agents of a task.
+
+    The exceptions are few, and in each the table shows another margin. The records of scpo-rl are
+    from before.
+    """
+    suites = load_benchmarks(ROOT / "benchmarks.yaml").suites
+    names = suites.keys() - {"scpo-rl"}
+    planned = [cell for name in names for cell in cells(suites[name], seeds=1)]
+    assert not [cell for cell in planned if "cost_limit" in cell.config]
+    own = {cell.agent for cell in planned if "margin" in cell.config}
+    assert own == {"scpo-certified", "penalty"}
+
+
 def test_committed_records_are_of_the_suites_cells():
     """Every record in results/ belongs to a cell of its suite, in the folder of that cell."""
     suites = load_benchmarks(ROOT / "benchmarks.yaml").suites
