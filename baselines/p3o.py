@@ -117,8 +117,8 @@ def p3o_weights(
     weights = clipped_surrogate_weights(ratio, advantages[0], clip_range)
     clipped = np.clip(ratio, 1 - clip_range, 1 + clip_range)
     cost_advantages = advantages[1:]
-    surrogates = np.maximum(ratio * cost_advantages, clipped * cost_advantages).mean(axis=1)
-    on = surrogates + excess > 0
+    change = np.maximum(ratio * cost_advantages, clipped * cost_advantages) - cost_advantages
+    on = change.mean(axis=1) + excess > 0
     for i in np.flatnonzero(on):
         # max(r A, clip(r) A) = -min(r (-A), clip(r) (-A)): the clipped loss of advantage -A
         weights += penalty * clipped_surrogate_weights(ratio, -cost_advantages[i], clip_range)

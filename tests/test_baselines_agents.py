@@ -21,8 +21,11 @@ from scpo_bench.baselines.cpo import CPO
 from scpo_bench.baselines.cpo_dual import Case
 from scpo_bench.baselines.crpo import CRPO
 from scpo_bench.baselines.cvpo import CVPO
+from scpo_bench.baselines.focops import FOCOPS
 from scpo_bench.baselines.on_policy import ConstrainedOnPolicy
+from scpo_bench.baselines.p3o import P3O
 from scpo_bench.baselines.ppo_lagrangian import PPOLagrangian
+from scpo_bench.baselines.ppo_pid import PPOPID
 from scpo_bench.baselines.sac_lagrangian import SACLagrangian
 from scpo_bench.baselines.trpo_lagrangian import TRPOLagrangian
 from scpo_bench.policies import AffineBackup, BackupActorCriticPolicy
@@ -37,13 +40,17 @@ OFF_POLICY = {
     "net_arch": (16, 16),
     "buffer_size": 2000,
 }
+FIRST_ORDER = {
+    "steps_per_update": 400,
+    "critic_passes": 3,
+    "batch_size": 100,
+    "actor_lr_decay": False,
+}
 SMALL = {
-    PPOLagrangian: {
-        "steps_per_update": 400,
-        "critic_passes": 3,
-        "batch_size": 100,
-        "actor_lr_decay": False,
-    },
+    PPOLagrangian: FIRST_ORDER,
+    PPOPID: FIRST_ORDER,
+    FOCOPS: FIRST_ORDER,
+    P3O: FIRST_ORDER,
     CPO: {"steps_per_update": 400, "critic_passes": 3, "batch_size": 100},
     TRPOLagrangian: {"steps_per_update": 400, "critic_passes": 3, "batch_size": 100},
     CRPO: {"steps_per_update": 400, "critic_passes": 3, "batch_size": 100},
@@ -174,6 +181,9 @@ def test_updates_lie_between_rollouts_and_publish_diagnostics(agent_class):
     needed = {"episodic_cost"}
     needed |= {
         PPOLagrangian: {"kl", "multiplier", "passes"},
+        PPOPID: {"kl", "multiplier", "passes"},
+        FOCOPS: {"kl", "multiplier", "passes"},
+        P3O: {"kl", "multiplier", "passes"},
         CPO: {"kl", "multiplier", "case", "updates_recovery", "step_fraction", "kl_bound"},
         TRPOLagrangian: {"kl", "multiplier", "step_fraction", "kl_bound"},
         CRPO: {"kl", "on_cost", "updates_on_cost", "step_fraction", "kl_bound"},
@@ -333,7 +343,7 @@ class TwoCosts(MdpVecEnv):
         return observations, rewards, dones, infos
 
 
-@pytest.mark.parametrize("agent_class", [PPOLagrangian, TRPOLagrangian])
+@pytest.mark.parametrize("agent_class", [PPOLagrangian, PPOPID, FOCOPS, P3O, TRPOLagrangian])
 def test_several_constraints_have_a_multiplier_each(agent_class):
     """The violated constraint's multiplier rises; the satisfied one's falls to zero and stays."""
     agent = make(
@@ -440,6 +450,9 @@ def test_cpo_without_a_limit_takes_trpos_step():
 
 UNCONSTRAINED = {
     PPOLagrangian: {"actor_lr": 3e-3, "critic_lr": 3e-3, "gamma": 0.9, "target_kl": 0.05},
+    PPOPID: {"actor_lr": 3e-3, "critic_lr": 3e-3, "gamma": 0.9, "target_kl": 0.05},
+    FOCOPS: {"actor_lr": 3e-3, "critic_lr": 3e-3, "gamma": 0.9, "target_kl": 0.05},
+    P3O: {"actor_lr": 3e-3, "critic_lr": 3e-3, "gamma": 0.9, "target_kl": 0.05},
     CPO: {"gamma": 0.9, "target_kl": 0.05, "critic_lr": 3e-3, "cg_damping": 0.01},
     TRPOLagrangian: {"gamma": 0.9, "target_kl": 0.05, "critic_lr": 3e-3, "cg_damping": 0.01},
     CRPO: {"gamma": 0.9, "target_kl": 0.05, "critic_lr": 3e-3, "cg_damping": 0.01},

@@ -52,6 +52,13 @@ CELLS = {
         "steps": 2000,
         "config": {"steps_per_update": 40, "critic_passes": 5},
     },
+    "ppo-pid": {
+        **REGRESSION,
+        "steps": 2000,
+        "config": {"steps_per_update": 40, "critic_passes": 5},
+    },
+    "focops": {**REGRESSION, "steps": 2000, "config": {"steps_per_update": 40, "critic_passes": 5}},
+    "p3o": {**REGRESSION, "steps": 2000, "config": {"steps_per_update": 40, "critic_passes": 5}},
     "cpo": {**REGRESSION, "steps": 2000, "config": {"steps_per_update": 40}},
     "trpo-lagrangian": {**REGRESSION, "steps": 2000, "config": {"steps_per_update": 40}},
     "crpo": {**REGRESSION, "steps": 2000, "config": {"steps_per_update": 40}},

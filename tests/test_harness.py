@@ -319,7 +319,10 @@ def test_the_agent_is_told_the_cost_limit(config, told):
 
 @pytest.mark.parametrize(
     "agent",
-    ["scpo", "sgd", "ppo-lagrangian", "cpo", "trpo-lagrangian", "crpo", "cvpo", "sac-lagrangian"],
+    [
+        *("scpo", "sgd", "ppo-lagrangian", "ppo-pid", "focops", "p3o", "cpo", "trpo-lagrangian"),
+        *("crpo", "cvpo", "sac-lagrangian"),
+    ],
 )
 def test_resolved_config_names_every_default(agent):
     """A default that changes later must not change what a record says it was run with."""

@@ -406,7 +406,7 @@ def test_what_is_not_covered_is_named():
 
 
 @pytest.mark.parametrize(
-    "agent", ["sgd", "ppo", "ppo-lagrangian", "cpo", "crpo", "cvpo", "sac-lagrangian"]
+    "agent", ["sgd", "ppo", "ppo-lagrangian", "focops", "cpo", "crpo", "cvpo", "sac-lagrangian"]
 )
 def test_every_agent_that_starts_at_a_backup_is_described(agent):
     """The prover's function is the deployed policy's own, for all agents of the suites."""

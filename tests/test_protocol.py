@@ -78,7 +78,7 @@ def test_margin_reaches_a_baseline_through_its_costs(tmp_path):
     assert update.cost_mean < 10.0
 
 
-@pytest.mark.parametrize("agent", ["ppo-lagrangian", "cpo", "cvpo"])
+@pytest.mark.parametrize("agent", ["ppo-lagrangian", "ppo-pid", "focops", "p3o", "cpo", "cvpo"])
 def test_agents_are_told_the_limit_they_are_judged_by(agent):
     """One limit per cell: an agent with another target than its judge's is compared unfairly."""
     cell = CELL.model_copy(update={"agent": agent, "cost_limit": 3.0, "config": {}})
