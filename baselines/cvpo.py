@@ -30,8 +30,11 @@ from scpo_bench.baselines.cvpo_m_step import (
 from scpo_bench.baselines.off_policy import ConstrainedOffPolicy, OffPolicyConfig
 from scpo_bench.configuration import Range, SearchSpace, require
 
-TRUST_REGION_STATES = 2048
-"""Replayed states on which an update's KL is measured and held."""
+TRUST_REGION_STATES = 16_384
+"""Replayed states on which an update's KL is measured and held, at most as many as are stored.
+
+A few states can have most of the mean KL, so fewer would measure it too coarsely.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,11 +114,12 @@ class CVPO(ConstrainedOffPolicy):
             sums.update(numbers)
         self._n_updates += gradient_steps
 
-        states = self.replay_buffer.sample(
-            TRUST_REGION_STATES, 1, config.gamma, self.rng, self._vec_normalize_env
-        ).tensors(self.device)[0]
+        replay = self.replay_buffer
+        size = min(TRUST_REGION_STATES, replay.stored * replay.n_envs)
+        states = replay.sample(size, 1, config.gamma, self.rng, self._vec_normalize_env)
         bounds = config.mean_kl_bound, config.covariance_kl_bound
-        kl_mean, kl_covariance, share = pull_back(policy.actor, old, states, *bounds)
+        observations = torch.from_numpy(states.observations).to(self.device)
+        kl_mean, kl_covariance, share = pull_back(policy.actor, old, observations, *bounds)
         episodic_cost, _ = self.episode_costs.estimate()
         diagnostics = {name: float(total) / gradient_steps for name, total in sums.items()} | {
             "kl": kl_mean + kl_covariance,

@@ -66,11 +66,12 @@ class OffPolicyConfig:
     """Adam step size of the actor, > 0."""
     critic_lr: float = 1e-3
     """Adam step size of the critics, > 0."""
-    pessimistic_cost: bool = True
+    pessimistic_cost: bool = False
     """Whether the higher of the two cost critics is used, for targets and policy, or their mean.
 
-    The higher errs on the safe side by as much as the two disagree: with a small limit that can be
-    the whole limit. Ours: FSRL 0.1.0 has one critic each for CVPO, and the lower of two for SAC.
+    The higher errs on the safe side by as much as the two disagree: with a small limit, or a
+    discount close to 1, that can be the whole limit, and CVPO then does nothing but recover. Ours:
+    FSRL 0.1.0 has one critic of each kind for CVPO, and the lower of two for SAC.
     """
     tau: float = 0.05
     """Share by which target critics move towards the critics per gradient update, in (0, 1]."""

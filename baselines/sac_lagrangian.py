@@ -125,11 +125,17 @@ class SACLagrangian(ConstrainedOffPolicy):
         """
         actor = self.policy.actor
         mean, std = actor(observations)
-        actions = self._clipped(self._samples(mean, std, 1))[:, 0]
+        samples = self._samples(mean, std, 1)[:, 0]
+        actions = self._clipped(samples).detach().requires_grad_()
         reward, cost = self._combined(self.policy.critics.of_actions(observations, actions))
+        gain = reward.mean() - self.multiplier * cost.mean()
+        (slope,) = torch.autograd.grad(gain, actions)
+        # A clipped sample passes on a gradient that points back inside, and no other: with none at
+        # all, a mean outside the action space would stay there.
+        outwards = (samples - actions) * slope > 0
+        along = (torch.where(outwards, 0.0, slope) * samples).sum()
         entropy = actor.entropy(std).mean()
-        gain = reward.mean() + temperature * entropy - self.multiplier * cost.mean()
-        self._actor_step(-gain / (1.0 + self.multiplier))
+        self._actor_step(-(along + temperature * entropy) / (1.0 + self.multiplier))
 
         target = self.config.target_entropy * std.shape[1]
         self.temperature_optimizer.zero_grad()

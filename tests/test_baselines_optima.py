@@ -12,9 +12,7 @@ from constrained_mdps import MdpVecEnv, Speed, TwoState, episode_means
 
 from scpo_bench.baselines.cpo import CPO
 from scpo_bench.baselines.crpo import CRPO
-from scpo_bench.baselines.cvpo import CVPO
 from scpo_bench.baselines.ppo_lagrangian import PPOLagrangian
-from scpo_bench.baselines.sac_lagrangian import SACLagrangian
 from scpo_bench.baselines.trpo_lagrangian import TRPOLagrangian
 
 torch.set_num_threads(1)  # the networks are too small for more threads to help
@@ -36,31 +34,6 @@ CPO_CONFIG = ON_POLICY | {
 # The prices of cost that the multiplier must find are 11/9 (two states) and 1 (speed).
 TRPO_LAGRANGIAN = CPO_CONFIG | {"standardise_rewards": False, "critic_passes": 4}
 CRPO_CONFIG = CPO_CONFIG | {"steps_per_update": 400, "tolerance": 0.0}
-OFF_POLICY = {
-    "steps_per_update": 400,
-    "learning_starts": 400,
-    "updates_per_step": 0.1,
-    "buffer_size": 8000,
-    "gamma": 0.9,
-    "n_step": 1,
-    "batch_size": 64,
-    "net_arch": (64,),
-    "actor_lr": 2e-3,
-    "critic_lr": 2e-3,
-    "initial_std": 0.3,
-}
-CVPO_CONFIG = OFF_POLICY | {
-    "kl_bound": 0.1,
-    "mean_kl_bound": 0.05,
-    "covariance_kl_bound": 0.02,
-}
-# Of the multiplier, the answers are 11/9 (two states) and 1 (speed).
-SAC_CONFIG = OFF_POLICY | {
-    "multiplier_init": 0.5,
-    "multiplier_lr": 0.05,
-    "temperature_init": 0.01,
-    "temperature_lr": 0.0,
-}
 
 
 def make(agent_class, mdp, config, seed, num_envs=10, full_speed=False):
@@ -170,40 +143,6 @@ def test_weighted_trpo_ends_at_the_known_optimum(agent_class, mdp, config, full_
     """
     runs = [make(agent_class, mdp, config, seed, full_speed=full_speed) for seed in range(3)]
     results = [np.mean(env.finished[-60:], axis=0) for agent, env in runs if agent.learn(steps)]
-    reached, cost = np.mean(results, axis=0)
-    assert reached >= 0.95 * mdp.optimal_return, results
-    assert cost <= 1.05 * mdp.cost_limit, results
-
-
-@pytest.mark.parametrize("agent_class", [CVPO, SACLagrangian])
-@pytest.mark.parametrize(
-    ("mdp", "full_speed"),
-    [
-        pytest.param(TwoState(), False, id="two states"),
-        pytest.param(Speed(), False, id="speed"),
-        pytest.param(Speed(), True, id="speed, from outside"),
-    ],
-)
-def test_off_policy_agents_end_at_the_known_optimum(agent_class, mdp, full_speed):
-    """As above, for the agents that learn from replayed steps.
-
-    Their policies move around the optimum from one update to the next. The mean over the last 60
-    episodes of two runs takes that out, where single final policies would need many runs.
-    """
-    config = {CVPO: CVPO_CONFIG, SACLagrangian: SAC_CONFIG}[agent_class]
-    # The higher of two critics errs on the safe side by a share of the limit here.
-    config = config | {"cost_limit": mdp.cost_limit, "pessimistic_cost": isinstance(mdp, Speed)}
-    results = []
-    for seed in range(2):
-        env = MdpVecEnv(mdp, 20)
-        agent = agent_class("MlpPolicy", env, seed=seed, **config)
-        if full_speed:
-            with torch.no_grad():
-                agent.policy.actor.mean.bias.fill_(1.0)
-        agent.learn(16_000)
-        if full_speed:
-            assert env.finished[0][1] > 1.5 * mdp.cost_limit  # or it did not start outside
-        results.append(np.mean(env.finished[-3:], axis=0))
     reached, cost = np.mean(results, axis=0)
     assert reached >= 0.95 * mdp.optimal_return, results
     assert cost <= 1.05 * mdp.cost_limit, results

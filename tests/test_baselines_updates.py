@@ -29,6 +29,7 @@ from scpo_bench.baselines.ppo_lagrangian import PPOLagrangian
 from scpo_bench.baselines.rollout import Rollout
 from scpo_bench.baselines.sac_lagrangian import SACLagrangian, SACLagrangianConfig
 from scpo_bench.baselines.trpo_lagrangian import TRPOLagrangian, TRPOLagrangianConfig
+from scpo_bench.policies import AffineBackup
 
 torch.set_num_threads(1)  # the networks are too small for more threads to help
 
@@ -374,7 +375,7 @@ def test_cvpo_critic_targets(pessimistic):
 
 def test_cvpo_e_step_gets_values_and_a_threshold_in_the_critics_unit(monkeypatch):
     """``return_scale`` applies to the threshold as to the critics; d is discounted over T steps."""
-    agent, seen = trained_cvpo(return_scale=0.5, kl_bound=0.03), {}
+    agent, seen = trained_cvpo(return_scale=0.5, kl_bound=0.03, pessimistic_cost=True), {}
     assert agent.threshold() == pytest.approx(cost_threshold(10.0, 0.9, 40))
 
     def record(*arguments):
@@ -645,7 +646,8 @@ def test_sac_actor_ascends_the_lagrangian():
     The temperature rises where the entropy is below its target: by one Adam step of its logarithm.
     """
     config = {"target_entropy": 5.0, "temperature_lr": 0.01, "return_scale": 0.5}
-    agent = make(SACLagrangian, max_grad_norm=1e9, **config).learn(300)
+    config |= {"max_grad_norm": 1e9, "pessimistic_cost": True}
+    agent = make(SACLagrangian, **config).learn(300)
     agent.multiplier = 3.0
     observations, twin = torch.rand(6, 1), copy.deepcopy(agent.policy)
     state = copy.deepcopy(agent.rng)
@@ -666,6 +668,27 @@ def test_sac_actor_ascends_the_lagrangian():
         torch.testing.assert_close(measured, expected, rtol=1e-4, atol=1e-6)
     assert numbers["entropy"] == pytest.approx(entropy.mean().item())
     assert numbers["cost_value"] == pytest.approx(2.0 * cost.mean().item())
+
+
+@pytest.mark.parametrize(("side", "moves"), [(1.0, False), (-1.0, True)])
+def test_sac_policy_outside_the_action_space_comes_back(side, moves):
+    """Where all samples are clipped, a gradient that points inside still moves the mean.
+
+    Q_r = a: from above the space there is nothing to gain, from below there is.
+    """
+    backup = AffineBackup([[0.0]], [5.0 * side])
+    agent = make(
+        SACLagrangian, initial_std=0.1, temperature_init=1e-9, policy_kwargs={"backup": backup}
+    )
+    agent.policy.critics.of_actions = lambda _, actions: (
+        actions[:, 0] * torch.tensor([[1.0], [1.0], [0.0], [0.0]])
+    )
+    observations = torch.rand(6, 1)
+    before = agent.policy.actor(observations)[0].detach()
+    agent._policy_step(observations, 0.0)
+    after = agent.policy.actor(observations)[0].detach()
+    assert bool((after > before).all()) == moves
+    assert torch.equal(after, before) == (not moves)
 
 
 def test_sac_multiplier_follows_the_episodic_cost():

@@ -28,7 +28,7 @@ CONFIG: dict[str, dict[str, Any]] = {
     "SafetyHopperVelocity-v1": {"gamma": 0.98, "n_step": 3},
     "SafetyPointGoal1-v0": {"gamma": 0.995, "n_step": 3},
 }
-STATES, ALLOWED, ROW = 4096, 2.0, 20
+STATES, ALLOWED, ROW = 16_384, 2.0, 20
 
 
 class MeasuredCVPO(CVPO):
