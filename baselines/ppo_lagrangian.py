@@ -35,8 +35,8 @@ class PPOLagrangianConfig(ClippedConfig):
 
     search_space: ClassVar[SearchSpace] = {
         **ClippedConfig.search_space,
-        "multiplier_init": Range(1e-3, 10.0, log=True),
-        "multiplier_lr": Range(1e-2, 2.0, log=True),
+        "multiplier_init": Range(0.1, 50.0, log=True),
+        "multiplier_lr": Range(0.02, 5.0, log=True),
     }
 
     multiplier_init: float = 0.001
