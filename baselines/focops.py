@@ -28,11 +28,12 @@ class FOCOPSConfig(FirstOrderConfig):
     """Defaults as in OmniSafe 0.5.0, configs/on-policy/FOCOPS.yaml."""
 
     search_space: ClassVar[SearchSpace] = {
-        **FirstOrderConfig.search_space,
-        "multiplier_init": Range(0.01, 300.0, log=True),
-        "multiplier_lr": Range(0.01, 10.0, log=True),
-        "multiplier_max": Range(2.0, 300.0, log=True),
-        "temperature": Range(0.3, 10.0, log=True),
+        "initial_log_std": FirstOrderConfig.search_space["initial_log_std"],
+        "actor_lr": FirstOrderConfig.search_space["actor_lr"],
+        "multiplier_init": Range(0.1, 50.0, log=True),
+        "multiplier_lr": Range(0.02, 5.0, log=True),
+        "multiplier_max": Range(2.0, 200.0, log=True),
+        "temperature": Range(0.05, 5.0, log=True),
     }
 
     multiplier_init: float = 0.001

@@ -29,8 +29,7 @@ class P3OConfig(ClippedConfig):
 
     search_space: ClassVar[SearchSpace] = {
         **ClippedConfig.search_space,
-        "penalty": Range(1.0, 1000.0, log=True),
-        "critic_passes": Range(5, 40),
+        "penalty": Range(2.0, 200.0, log=True),
     }
 
     critic_passes: int = 10
@@ -55,8 +54,11 @@ class P3O(FirstOrder):
     (J_C - limit) for discounted J_C is here (J_C - limit) / episode length, as the limit is one on
     the undiscounted cost of an episode. OmniSafe adds J_C - limit as it is and does not clip L_C:
     its penalty is on whenever the limit was exceeded, whatever the new policy does.
-    Whether the penalty is on is decided per minibatch. With an infinite limit it never is. See
-    ``ConstrainedOnPolicy`` for the arguments and errors.
+
+    Whether the penalty is on is decided per minibatch. There L_C is taken relative to the old
+    policy, whose own mean advantage over the minibatch, 0 but for noise, is subtracted (ours):
+    else the noise alone turns the penalty on below the limit. With an infinite limit the penalty is
+    never on. See ``ConstrainedOnPolicy`` for the arguments and errors.
     """
 
     Config: ClassVar[type[OnPolicyConfig]] = P3OConfig
@@ -110,7 +112,7 @@ def p3o_weights(
     """(dL/d(log pi) per step [b], whether each penalty is on [C]) of P3O's loss L.
 
     L = -mean min(ratio A_r, clip(ratio) A_r) + penalty sum_i max(0, L_i) with
-    L_i = mean max(ratio A_i, clip(ratio) A_i) + excess_i.
+    L_i = mean (max(ratio A_i, clip(ratio) A_i) - A_i) + excess_i.
     ratio: [b]; advantages of reward and costs: [1 + C, b]; excess: cost per step [C].
     Source: Zhang et al. 2022, arXiv 2205.11814.
     """

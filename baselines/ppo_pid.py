@@ -33,11 +33,11 @@ class PPOPIDConfig(ClippedConfig):
     """
 
     search_space: ClassVar[SearchSpace] = {
-        **ClippedConfig.search_space,
-        "multiplier_init": Range(0.01, 300.0, log=True),
-        "proportional_gain": Range(0.01, 100.0, log=True),
-        "integral_gain": Range(1e-3, 10.0, log=True),
-        "derivative_gain": Range(1e-3, 10.0, log=True),
+        "initial_log_std": ClippedConfig.search_space["initial_log_std"],
+        "actor_lr": ClippedConfig.search_space["actor_lr"],
+        "multiplier_init": Range(0.1, 50.0, log=True),
+        "proportional_gain": Range(0.05, 20.0, log=True),
+        "integral_gain": Range(0.01, 5.0, log=True),
         "smoothing": (0.0, 0.5, 0.8, 0.95),
     }
 

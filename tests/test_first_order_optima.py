@@ -39,6 +39,17 @@ FOCOPS_OUTSIDE = FOCOPS_CONFIG | {"temperature": 0.03}
 P3O_CONFIG = COMMON | {"penalty": 5.0}
 
 
+class Slack(TwoState):
+    """The limit is beyond every policy's cost: the multiplier must be 0, and nothing below it.
+
+    A negative price would buy cost; here, unlike on ``Speed``, that is not what the reward wants.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cost_limit, self.optimal_return = 2.0 * self.steps, self.unconstrained_return
+
+
 def case(agent_class, mdp, config, steps, name, full_speed=False):
     return pytest.param(agent_class, mdp, config, steps, full_speed, id=name)
 
@@ -46,7 +57,8 @@ def case(agent_class, mdp, config, steps, name, full_speed=False):
 @pytest.mark.parametrize(
     ("agent_class", "mdp", "config", "steps", "full_speed"),
     [
-        case(PPOLagrangian, Speed(), LAGRANGIAN, 64_000, "ppo-lagrangian, speed"),
+        # Any longer, and a multiplier that answers ten updates late would get there as well.
+        case(PPOLagrangian, Speed(), LAGRANGIAN, 52_000, "ppo-lagrangian, speed"),
         case(
             PPOLagrangian,
             Speed(),
@@ -56,6 +68,13 @@ def case(agent_class, mdp, config, steps, name, full_speed=False):
         ),
         case(PPOLagrangian, Speed(), LAGRANGIAN, 64_000, "ppo-lagrangian, speed, outside", True),
         case(PPOLagrangian, TwoState(), SLOW_LAGRANGIAN, 96_000, "ppo-lagrangian, two states"),
+        case(
+            PPOLagrangian,
+            Slack(),
+            LAGRANGIAN | {"multiplier_init": 1.0},
+            64_000,
+            "ppo-lagrangian, slack limit",
+        ),
         case(PPOPID, Speed(), PID, 64_000, "ppo-pid, speed"),
         case(PPOPID, Speed(), PID, 64_000, "ppo-pid, speed, outside", True),
         case(PPOPID, TwoState(), PID, 96_000, "ppo-pid, two states, outside", True),
