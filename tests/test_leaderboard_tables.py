@@ -34,8 +34,9 @@ from scpo_bench.leaderboard.metrics import METRICS, measure
 from scpo_bench.leaderboard.render import print_table, render
 from scpo_bench.leaderboard.statistics import iqm_interval
 from scpo_bench.leaderboard.tables import leaderboard, load, read_records, setup_of
-from scpo_bench.records.files import UPDATES_FILE
+from scpo_bench.records.files import UPDATES_FILE, read_run
 from scpo_bench.records.schema import Cell, Update
+from scpo_bench.records.study import STUDY_FILE, Study, Trial, write_study
 
 NAMES = [column.name for column in COLUMNS]
 ESTIMATES = ("score", "gap_closed", "return_final", "cost_final", "feasible_share")
@@ -591,3 +592,23 @@ def test_no_link_is_followed(tmp_path):
     )
     assert load(tmp_path / "results", "s").empty
     assert Path(tmp_path / "elsewhere").is_dir()
+
+
+def test_trials_are_shown_where_the_study_found_the_configuration(tmp_path):
+    """A study of another configuration, or a damaged one, must not vouch for a run."""
+    write_suite(tmp_path, "s", (GOAL,), ("scpo", "sgd", "cpo"), seeds=1, updates=3)
+    for agent, config in (("scpo", {}), ("sgd", {"learning_rate": 0.5}), ("cpo", None)):
+        (folder,) = (tmp_path / "s").glob(f"*/{agent}")
+        cell = read_run(folder / "seed-0").cell
+        trials = [Trial(config={}, violating_share=0.5, loss=1.0)]
+        trials += [Trial(config=config or {}, violating_share=0.0, loss=1.0)] * 3
+        write_study(folder, Study(cell=cell, seeds=1, trials=trials, sampler="none"))
+        if config is None:
+            (folder / STUDY_FILE).write_text("{")
+    runs = load(tmp_path, "s", None, {})
+    trials = dict(zip(runs["agent"], runs["tuning_trials"]))
+    assert trials["scpo"] == 4
+    assert math.isnan(trials["sgd"])
+    assert math.isnan(trials["cpo"])
+    assert [line for line in runs.attrs["problems"] if "tuning.json" in line]
+    assert load(tmp_path, "s", None, {}, claims=False)["tuning_trials"].isna().all()
