@@ -57,8 +57,8 @@ class PPOLagrangian(FirstOrder):
     """PPO on the Lagrangian, with one multiplier per entry of ``cost_keys``.
 
     With an infinite limit the multiplier is exactly 0 and the update is PPO's. Unlike OmniSafe's,
-    the multiplier responds to the episodes of this update, not to the last hundred. See
-    ``ConstrainedOnPolicy`` for the arguments and errors.
+    it responds to the episodes of this update, not to the last hundred, and drops a momentum that
+    points outside where it is projected. See ``ConstrainedOnPolicy`` for the arguments and errors.
     """
 
     Config: ClassVar[type[OnPolicyConfig]] = PPOLagrangianConfig
