@@ -460,7 +460,7 @@ def test_without_a_limit_the_unconstrained_optimum_is_reached(agent_class):
 def test_cvpo_recovers_counted_and_reports_kkt():
     """Where no reweighting meets the limit of zero, recovery steps are taken and counted."""
     recorder = Recorder()
-    agent = make(CVPO, cost_limit=0.0, gamma=0.9, initial_std=0.3)
+    agent = make(CVPO, cost_limit=0.0, gamma=0.9, initial_std=0.3, pessimistic_cost=True)
     agent.learn(1500, recorder)
     updates = [d for d in recorder.diagnostics if "recoveries" in d]
     assert (
