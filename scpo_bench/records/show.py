@@ -57,7 +57,8 @@ Rows = Iterator[tuple[str, str]]
 def _summary(run: Run, updates: list[Update]) -> Rows:
     cell = run.cell
     yield "asked", f"suite {run.suite}: {cell.steps} steps in {cell.num_envs} environments"
-    yield "", f"start: {cell.start}, normalize: {cell.normalize}, cost limit: {cell.cost_limit:g}"
+    limit = f"cost limit: {cell.cost_limit:g}, margin: {cell.margin:g}"
+    yield "", f"start: {cell.start}, normalize: {cell.normalize}, {limit}"
     often = "every update" if cell.evaluation_interval == 1 else f"1 in {cell.evaluation_interval}"
     yield "", f"evaluated: {often}, on {cell.evaluation_episodes} held-out episodes"
     for name, settings in (("env", cell.env), ("config", cell.config)):
