@@ -15,11 +15,14 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from scpo_bench.errors import UserError, first_problem
 from scpo_bench.records.schema import Run, Update, canonical
+
+M = TypeVar("M", bound=BaseModel)
 
 # Bounds on untrusted input: far above what a real run writes.
 MAX_LINE_BYTES = 1_000_000
@@ -188,6 +191,25 @@ def read_updates(folder: Path) -> list[Update]:
             raise RecordError(f"{place}: update: expected {len(updates)}, got {update.update}")
         updates.append(update)
     return updates
+
+
+def read_claim(path: Path, model: type[M], max_bytes: int) -> M | None:
+    """What a file beside records claims about them, as ``model``; None if there is no file.
+
+    Raises RecordError naming what is wrong: a link, more than ``max_bytes``, other contents.
+    """
+    try:
+        if path.is_symlink():
+            raise RecordError(f"{path}: a symbolic link")
+        if path.stat().st_size > max_bytes:
+            raise RecordError(f"{path}: larger than {max_bytes} bytes; not a {model.__name__.lower()}")
+        return model.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, RecursionError) as error:
+        raise RecordError(f"{path}: cannot be read ({error})") from None
+    except ValidationError as error:
+        raise RecordError(f"{path}: {first_problem(error)}") from None
 
 
 def run_folders(root: Path) -> list[Path]:

@@ -9,10 +9,10 @@ import json
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from scpo_bench.errors import first_problem, printable
-from scpo_bench.records.files import RecordError, write_atomically
+from scpo_bench.errors import printable
+from scpo_bench.records.files import RecordError, read_claim, write_atomically
 from scpo_bench.records.schema import Run
 
 PROOF_FILE = "proof.json"
@@ -88,18 +88,9 @@ def read_proof(folder: Path, run: Run) -> Proof | None:
     Raises RecordError naming what is wrong with it, or that it belongs to another record.
     """
     path = folder / PROOF_FILE
-    try:
-        if path.is_symlink():
-            raise RecordError(f"{path}: a symbolic link")
-        if path.stat().st_size > MAX_PROOF_BYTES:
-            raise RecordError(f"{path}: larger than {MAX_PROOF_BYTES} bytes; not a proof")
-        proof = Proof.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
+    proof = read_claim(path, Proof, MAX_PROOF_BYTES)
+    if proof is None:
         return None
-    except (OSError, RecursionError) as error:
-        raise RecordError(f"{path}: cannot be read ({error})") from None
-    except ValidationError as error:
-        raise RecordError(f"{path}: {first_problem(error)}") from None
     if (proof.key, proof.digest) != (run.key, run.digest):
         raise RecordError(f"{path}: belongs to another record")
     return proof

@@ -10,10 +10,9 @@ import math
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-from scpo_bench.errors import first_problem
-from scpo_bench.records.files import RecordError, write_atomically
+from scpo_bench.records.files import read_claim, write_atomically
 from scpo_bench.records.schema import Cell
 
 STUDY_FILE = "tuning.json"
@@ -91,16 +90,4 @@ def write_study(folder: Path, study: Study) -> None:
 
 def read_study(folder: Path) -> Study | None:
     """The study in ``folder``; None if there is none. Raises RecordError naming what is wrong."""
-    path = folder / STUDY_FILE
-    try:
-        if path.is_symlink():
-            raise RecordError(f"{path}: a symbolic link")
-        if path.stat().st_size > MAX_STUDY_BYTES:
-            raise RecordError(f"{path}: larger than {MAX_STUDY_BYTES} bytes; not a study")
-        return Study.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, RecursionError) as error:
-        raise RecordError(f"{path}: cannot be read ({error})") from None
-    except ValidationError as error:
-        raise RecordError(f"{path}: {first_problem(error)}") from None
+    return read_claim(folder / STUDY_FILE, Study, MAX_STUDY_BYTES)
