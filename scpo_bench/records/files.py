@@ -202,7 +202,8 @@ def read_claim(path: Path, model: type[M], max_bytes: int) -> M | None:
         if path.is_symlink():
             raise RecordError(f"{path}: a symbolic link")
         if path.stat().st_size > max_bytes:
-            raise RecordError(f"{path}: larger than {max_bytes} bytes; not a {model.__name__.lower()}")
+            kind = model.__name__.lower()
+            raise RecordError(f"{path}: larger than {max_bytes} bytes; not a {kind}")
         return model.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         return None
