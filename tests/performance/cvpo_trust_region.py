@@ -2,12 +2,11 @@
 
     python tests/performance/cvpo_trust_region.py [--tasks ID ...] [--steps N] [--folder FOLDER]
 
-On SafetyHopperVelocity-v1 and SafetyPointGoal1-v0 with FSRL 0.1.0's discounts and n-step returns
-for them (fsrl/config/cvpo_cfg.py, ``Mujoco5MCfg`` and ``MujocoBaseCfg``). After each update the
-divergences between the policies before and after it are measured once more, on replayed states of
-the script's own drawing. Prints them beside return and cost (stochastic, while collecting; and of
-the deterministic policy), and exits 1 where one exceeds twice its bound. About 20 minutes per task
-on one core; rerun the command with the same --folder to resume.
+On SafetyHopperVelocity-v1 and SafetyPointGoal1-v0, configured as in the suites. After each update
+the divergences between the policies before and after it are measured once more, on replayed states
+of the script's own drawing. Prints them beside return and cost (stochastic, while collecting; and
+of the deterministic policy), and exits 1 where one exceeds twice its bound. About 20 minutes per
+task on one core; rerun the command with the same --folder to resume.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ import torch
 from scpo_bench.baselines.cvpo import CVPO
 from scpo_bench.baselines.cvpo_m_step import gaussian_kl_split
 
-CONFIG: dict[str, dict[str, Any]] = {
-    "SafetyHopperVelocity-v1": {"gamma": 0.98, "n_step": 3},
-    "SafetyPointGoal1-v0": {"gamma": 0.995, "n_step": 3},
+SUITES = {
+    "SafetyHopperVelocity-v1": "safety-velocity",
+    "SafetyPointGoal1-v0": "safety-navigation",
 }
 STATES, ALLOWED, ROW = 16_384, 2.0, 20
 
@@ -51,22 +50,20 @@ class MeasuredCVPO(CVPO):
 def updates_of(task: str, steps: int, folder: Path) -> list[Any]:
     """The records of the run's updates."""
     from scpo_bench.records.files import read_updates
-    from scpo_bench.records.schema import Cell
     from scpo_bench.runs.harness import run_cell
     from scpo_bench.runs.launch import is_finished
+    from scpo_bench.suites.cells import cells, get_suite
+    from scpo_bench.suites.schema import PACKAGED_FILE, load_benchmarks
 
-    cell = Cell(
-        agent=f"{Path(__file__).resolve()}:MeasuredCVPO",
-        task=task,
-        seed=0,
-        steps=steps,
-        num_envs=4,
-        cost_limit=25.0,
-        normalize=True,
-        evaluation_episodes=1,
-        evaluation_interval=ROW,
-        config={"episode_steps": 1000, **CONFIG[task]},
-    )
+    suite = get_suite(load_benchmarks(PACKAGED_FILE), SUITES[task])
+    (planned,) = cells(suite, ["cvpo"], [task], seeds=1)
+    changes = {
+        "agent": f"{Path(__file__).resolve()}:MeasuredCVPO",
+        "steps": steps,
+        "evaluation_episodes": 1,
+        "evaluation_interval": ROW,
+    }
+    cell = planned.model_copy(update=changes)
     if not is_finished(folder / task, cell):
         result = run_cell(cell, folder / task, "trust-region")
         if result.status != "finished":
@@ -107,7 +104,7 @@ def report(updates: list[Any]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tasks", nargs="+", default=list(CONFIG), choices=list(CONFIG))
+    parser.add_argument("--tasks", nargs="+", default=list(SUITES), choices=list(SUITES))
     parser.add_argument("--steps", type=int, default=300_000)
     parser.add_argument("--folder", type=Path, default=Path("trust-region"))
     arguments = parser.parse_args()
