@@ -62,8 +62,8 @@ def first_problem(error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
     place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in problem["loc"])
     message = f"{place.removeprefix('.') or 'file'}: {problem['msg']}"
-    # The message names what is missing or unknown; the input is the whole mapping around it.
-    if problem["type"] in ("missing", "unknown"):
+    # The message names what is missing, unknown or no JSON; the input is all that is around it.
+    if problem["type"] in ("missing", "unknown", "json_invalid"):
         return message
     try:
         given = repr(problem["input"])

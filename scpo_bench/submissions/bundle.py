@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import os
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +13,12 @@ from pathlib import Path
 from scpo_bench import __version__
 from scpo_bench.leaderboard.render import plain_rows
 from scpo_bench.leaderboard.tables import leaderboard, load
-from scpo_bench.records.files import RecordError, read_run, run_folders, write_atomically
+from scpo_bench.records.files import RecordError, read_run, run_folders
+from scpo_bench.records.plain_files import create, read_file, write_all, write_atomically
 from scpo_bench.records.schema import Cell, canonical
 from scpo_bench.submissions.contents import (
     MANIFEST_FILE,
+    MAX_BYTES,
     PACKED,
     RECORD_FILES,
     FileEntry,
@@ -35,7 +38,7 @@ def bundle(results: Path, suite: str, output: Path, planned: Sequence[Cell] = ()
     root = results / suite
     if not root.is_dir():
         raise RecordError(f"{root}: not found; run the suite first")
-    if output.exists():
+    if os.path.lexists(output):
         raise RecordError(f"{output}: exists already; name a new file or folder")
     if problems := verify(root).problems:
         raise RecordError(f"{root}: not consistent: {problems[0]}")
@@ -55,10 +58,12 @@ def bundle(results: Path, suite: str, output: Path, planned: Sequence[Cell] = ()
     if output.name.endswith(PACKED):
         write_atomically(output, _archive(contents, suite))
         return output
+    output.mkdir(parents=True)
     for name, data in contents.items():
         path = output / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        with create(path) as file:
+            write_all(file, data)
     return output
 
 
@@ -73,7 +78,7 @@ def _record_files(root: Path, suite: str) -> dict[str, bytes]:
             if safe_parts(f"{suite}/{name}") is None:
                 raise RecordError(f"{path}: bundles cannot contain a file of this name")
             if path.is_file():
-                contents[name] = path.read_bytes()
+                contents[name] = read_file(path, MAX_BYTES[path.name])
     return contents
 
 

@@ -18,18 +18,21 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from scpo_bench.errors import first_problem
 from scpo_bench.leaderboard.render import printable
 from scpo_bench.records.files import (
     CHECKPOINT_FILE,
     COMPRESSED_UPDATES_FILE,
     MAX_LINE_BYTES,
     RUN_FILE,
+    TRACEBACK_FILE,
     UPDATES_FILE,
     RecordError,
+    check_amount,
+    read_model,
 )
+from scpo_bench.records.plain_files import open_to_read
 from scpo_bench.records.proof import PROOF_FILE
 from scpo_bench.records.schema import Cell
 from scpo_bench.records.study import STUDY_FILE
@@ -41,7 +44,7 @@ PACKED = (".tar.gz", ".tgz")
 # an unfinished run leaves, and the lock and temporary files of running processes.
 _GENERATED = (".md", ".html", ".csv", ".tex", ".png", ".svg", ".pdf", ".part")
 # proof.json and tuning.json are claims about records, which a bundle's reader cannot check.
-_LEFT_BY_RUNS = ("traceback.txt", CHECKPOINT_FILE, PROOF_FILE, STUDY_FILE)
+_LEFT_BY_RUNS = (TRACEBACK_FILE, CHECKPOINT_FILE, PROOF_FILE, STUDY_FILE)
 _LOCKS_FOLDER = ".locks"
 
 # What tarfile, gzip and zlib raise for damaged and hostile archives.
@@ -50,15 +53,17 @@ _DAMAGE = (tarfile.TarError, zlib.error, struct.error, OSError, ValueError, EOFE
 # Limits of what is read at all. The updates of a run of 300 updates take about 300 kB, a large
 # suite about 20 MB compressed.
 MAX_FILES = 100_000
+MAX_MEMBERS = 20_000  # of an archive
 MAX_DEPTH = 12
 MAX_BYTES = {
     RUN_FILE: MAX_LINE_BYTES,
     UPDATES_FILE: 100_000_000,
     COMPRESSED_UPDATES_FILE: 100_000_000,
-    MANIFEST_FILE: 50_000_000,
+    MANIFEST_FILE: 20_000_000,
 }
 MAX_ARCHIVE_BYTES = 500_000_000
-MAX_ARCHIVE_EXPANDED_BYTES = 2_000_000_000
+MAX_ARCHIVE_EXPANDED_BYTES = 1_000_000_000
+MAX_HEADER_BYTES = 1_000_000  # between two files of an archive
 
 
 class Refused(RecordError):
@@ -91,10 +96,11 @@ class Manifest(BaseModel):
 
 
 def read_manifest(root: Path) -> Manifest:
+    """The manifest of a bundle. A RecordError names what is wrong with it."""
     try:
-        return Manifest.model_validate_json((root / MANIFEST_FILE).read_bytes())
-    except ValidationError as error:
-        raise RecordError(f"{MANIFEST_FILE}: {first_problem(error)}") from None
+        return read_model(root / MANIFEST_FILE, Manifest, MAX_BYTES[MANIFEST_FILE])
+    except FileNotFoundError:
+        raise RecordError(f"{root / MANIFEST_FILE}: not found") from None
 
 
 class Contents(NamedTuple):
@@ -113,6 +119,7 @@ def list_contents(root: Path) -> Contents:
 
     Links are not followed. In a bundle nothing but its records and its manifest is tolerated.
     """
+    check_amount(root)
     sealed = os.path.lexists(root / MANIFEST_FILE)
     found = Contents({}, [], [])
     entries_seen = itertools.count(1)
@@ -177,14 +184,20 @@ def _why_ignored(path: Path) -> str | None:
 
 
 class _BoundedGzip(gzip.GzipFile):
-    """Raises Refused once too much was read.
+    """Raises Refused once too much was read, in all or since :meth:`expect`.
 
     Neither a compression bomb nor a huge header can fill the memory: tarfile reads small pieces.
     """
 
+    expected = MAX_HEADER_BYTES
+
+    def expect(self, size: int) -> None:
+        """A file of ``size`` bytes comes next, and then the header of another."""
+        self.expected = self.tell() + size + MAX_HEADER_BYTES
+
     def read(self, size: int | None = -1) -> bytes:
         data = super().read(size)
-        if self.tell() > MAX_ARCHIVE_EXPANDED_BYTES:
+        if self.tell() > min(self.expected, MAX_ARCHIVE_EXPANDED_BYTES):
             raise Refused("expands to more than any bundle contains")
         return data
 
@@ -195,12 +208,14 @@ def unpack(archive: Path, target: Path) -> None:
         raise Refused(f"{archive}: larger than {MAX_ARCHIVE_BYTES} bytes")
     try:
         with (
-            _BoundedGzip(archive) as expanded,
+            open_to_read(archive) as packed,
+            _BoundedGzip(fileobj=packed, mode="rb") as expanded,
             tarfile.open(fileobj=expanded, mode="r|", errorlevel=0) as tar,
         ):
             for number, member in enumerate(tar):
-                if number >= MAX_FILES:
-                    raise Refused(f"more than {MAX_FILES} files")
+                if number >= MAX_MEMBERS:
+                    raise Refused(f"more than {MAX_MEMBERS} files")
+                expanded.expect(member.size)
                 _unpack_member(tar, member, target)
     except Refused as refused:
         raise Refused(f"{archive}: {refused}") from None
