@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import io
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from typer import Argument, Option
 
-from scpo_bench.errors import UserError, nearest
+from scpo_bench.errors import UserError, describe, nearest
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -69,6 +71,30 @@ def _benchmarks(file: Path | None) -> Benchmarks:
     from scpo_bench.suites.schema import default_file, load_benchmarks
 
     return load_benchmarks(file or default_file())
+
+
+def _suite_folder(results: Path, suite: str) -> Path:
+    """The folder of a suite's records. UserError for a link, or if there is none."""
+    from scpo_bench.records.files import check_suite_name
+    from scpo_bench.records.plain_files import check_folder
+
+    check_suite_name("SUITE", suite)
+    try:
+        check_folder(results / suite)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"no records of suite '{suite}' in '{results}'") from None
+    return results / suite
+
+
+def _suites_with_records(results: Path) -> list[str]:
+    """Names of the folders in ``results``; links are named and left out."""
+    found = []
+    for path in sorted(results.iterdir()) if results.is_dir() else ():
+        if path.is_symlink():
+            typer.echo(f"left out: {path}: a symbolic link", err=True)
+        elif path.is_dir() and not path.name.startswith("."):
+            found.append(path.name)
+    return found
 
 
 def _planned(benchmarks: Benchmarks, suite: str) -> list[Cell] | None:
@@ -212,8 +238,7 @@ def leaderboard(
     from scpo_bench.leaderboard import render, tables
 
     benchmarks = _benchmarks(file)
-    folders = results.iterdir() if results.is_dir() else ()
-    found = sorted(p.name for p in folders if p.is_dir() and not p.name.startswith("."))
+    found = _suites_with_records(results)
     names = [name for name in found if suite in (None, name)]
     if format is TableFormat.html and not (suite and names):
         raise UserError("--format html: needs the name of one suite that has records")
@@ -248,17 +273,19 @@ def plot(
 ) -> None:
     """Plot a suite: values per update, SCPO's certificate, and the performance profile."""
     from scpo_bench.leaderboard import plots
+    from scpo_bench.records.plain_files import check_writable, make_folder
 
     formats = tuple(format.split(","))
     for name in formats:
         if name not in ("png", "svg", "pdf"):
             raise UserError(f"--format: expected png, svg or pdf, got '{name}'")
-    if not (results / suite).is_dir():
-        raise UserError(f"no records of suite '{suite}' in '{results}'")
+    folder = _suite_folder(results, suite)
     planned = _planned(_benchmarks(file), suite)
-    for path in plots.plot_suite(
-        results, suite, output or results / suite / "plots", formats, planned
-    ):
+    if output is None:
+        output = folder / "plots"
+        make_folder(results, output)
+    check_writable("--output", output)
+    for path in plots.plot_suite(results, suite, output, formats, planned):
         typer.echo(path)
 
 
@@ -301,6 +328,7 @@ def bundle(
     """Pack a suite's records for submission: no code, no pickles."""
     from scpo_bench.submissions import bundle as packing
 
+    _suite_folder(results, suite)
     planned = _planned(_benchmarks(file), suite) or []
     typer.echo(packing.bundle(results, suite, output or Path(f"{suite}.tar.gz"), planned))
 
@@ -339,11 +367,13 @@ def falsify(
     from scpo_bench.checks import falsify as search
     from scpo_bench.checks.falsify_figure import draw
     from scpo_bench.records.files import file_name
+    from scpo_bench.records.plain_files import check_writable
 
     if replay is not None:
         lines, breached = search.replay_lines(counterexample.load(replay))
         typer.echo("\n".join(lines))
         raise typer.Exit(0 if breached else 1)
+    check_writable("--output", output)
     with Progress(transient=True, disable=not sys.stderr.isatty()) as bar:
         line = bar.add_task("")
 
@@ -394,13 +424,47 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
+def _open_streams() -> None:
+    """Give the process the streams that it was started without, and let any text be printed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the caller (>&-)
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until the process ends)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # tables are not ASCII, a locale may be
+
+
+def _end(message: str, status: int) -> NoReturn:
+    with contextlib.suppress(OSError):
+        typer.echo(f"scpo-bench: {message}", err=True)
+    sys.exit(status)
+
+
+def _drop_output() -> None:
+    """Where standard output cannot be written, the interpreter would fail again at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main() -> None:
-    """Run a command; a user's mistake is one line on stderr and exit status 2."""
+    """Run a command; a user's mistake is one line on stderr and exit status 2.
+
+    So is what the operating system refuses.
+    """
+    _open_streams()
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except UserError as error:
-        typer.echo(f"scpo-bench: {error}", err=True)
-        sys.exit(error.exit_status)
+        _end(str(error), error.exit_status)
+    except BrokenPipeError:  # `| head` has read enough
+        _drop_output()
+        sys.exit(1)
+    except OSError as error:
+        _drop_output()
+        _end(describe(error), 2)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,12 @@ def at(place: object) -> Iterator[None]:
         raise UserError(f"{place}: {problem}") from None
 
 
+def describe(error: OSError) -> str:
+    """What the operating system refused: "results/run.json: Permission denied"."""
+    problem = error.strerror or str(error) or type(error).__name__
+    return problem if error.filename is None else f"{error.filename}: {problem}"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint to append to a message: "; did you mean 'x'?", or the choices if there are few."""
     choices = list(known)

@@ -24,7 +24,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from scpo_bench.errors import UserError, first_problem
+from scpo_bench.errors import UserError, describe, first_problem
 from scpo_bench.records.plain_files import (
     RecordError,
     has_other_names,
@@ -50,12 +50,13 @@ MAX_TOTAL_BYTES = 2_000_000_000  # of all updates, inflated
 RUN_FILE, UPDATES_FILE, COMPRESSED_UPDATES_FILE = "run.json", "updates.jsonl", "updates.jsonl.gz"
 # Beside a record and no part of it: of a run in progress, of one that failed.
 CHECKPOINT_FILE, TRACEBACK_FILE = "checkpoint", "traceback.txt"
+LOCKS_FOLDER = ".locks"  # of a results folder
 
 
 # Names that read the same as one part of a path, but for one separator that becomes a dot: the
 # namespace of a Gymnasium id, and the agent behind a safety filter.
 _READABLE_NAME = re.compile(r"(filtered:|(?!filtered/)\w[\w-]*/)?\w[\w-]*", re.ASCII)
-_SUITE_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
+_SUITE_NAME = re.compile(r"\w[\w.+-]*", re.ASCII)
 MAX_NAME_BYTES = 100  # leaves room for what is put before and after it, within 255
 
 
@@ -77,8 +78,8 @@ def check_suite_name(place: str, name: str) -> None:
     """UserError unless ``name`` can be the name of a folder of results. place: for the message."""
     if not _SUITE_NAME.fullmatch(name) or len(name) > MAX_NAME_BYTES + len("compare-"):
         raise UserError(
-            f"{place}: a suite's name is a folder's: letters, digits, '_', '-' and '.', the first "
-            f"a letter, digit or '_', at most {MAX_NAME_BYTES}; got {name[:80]!r}"
+            f"{place}: a suite's name is that of a folder: letters, digits, '_', '-', '.' and '+', "
+            f"first a letter, digit or '_', at most {MAX_NAME_BYTES}; got {name[:80]!r}"
         )
 
 
@@ -231,6 +232,17 @@ def read_run(folder: Path) -> Run:
         return read_model(path, Run, MAX_LINE_BYTES)
     except FileNotFoundError:
         raise RecordError(f"{path}: not found") from None
+
+
+def check_run_folder(folder: Path) -> None:
+    """Raise RecordError where a run cannot read or must not write what is in its folder."""
+    for name in (RUN_FILE, UPDATES_FILE, COMPRESSED_UPDATES_FILE, CHECKPOINT_FILE, TRACEBACK_FILE):
+        try:
+            open_to_read(folder / name).close()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise RecordError(describe(error)) from None
 
 
 def _lines(path: Path) -> Iterator[tuple[str, bytes]]:

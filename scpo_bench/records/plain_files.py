@@ -19,7 +19,8 @@ from pathlib import Path
 
 from scpo_bench.errors import UserError
 
-_NO_LINK = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_NO_WAIT = os.O_NONBLOCK | os.O_CLOEXEC
+_NO_LINK = os.O_NOFOLLOW | _NO_WAIT
 
 
 class RecordError(UserError):
@@ -29,14 +30,15 @@ class RecordError(UserError):
     """
 
 
-def open_descriptor(path: Path, flags: int) -> int:
+def open_descriptor(path: Path, flags: int, follow: bool = False) -> int:
     """A descriptor of the plain file ``path``; a file that is created gets mode 0666 & ~umask.
 
-    flags: for reading or writing, as of :func:`os.open`. Raises RecordError for a link and for what
-    is no plain file, OSError otherwise.
+    flags: for reading or writing, as of :func:`os.open`. follow: the path is the user's own choice
+    and may be a link. Raises RecordError for a link and for what is no plain file, OSError
+    otherwise.
     """
     try:
-        descriptor = os.open(path, flags | _NO_LINK, 0o666)
+        descriptor = os.open(path, flags | (_NO_WAIT if follow else _NO_LINK), 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP and path.is_symlink():
             raise RecordError(f"{path}: a symbolic link; expected a plain file") from None
@@ -49,17 +51,17 @@ def open_descriptor(path: Path, flags: int) -> int:
     raise RecordError(f"{path}: not a plain file")
 
 
-def open_to_read(path: Path) -> io.BufferedReader:
+def open_to_read(path: Path, follow: bool = False) -> io.BufferedReader:
     """Open a plain file; raises as :func:`open_descriptor` does."""
-    return open(open_descriptor(path, os.O_RDONLY), "rb")
+    return open(open_descriptor(path, os.O_RDONLY, follow), "rb")
 
 
-def read_file(path: Path, max_bytes: int) -> bytes:
+def read_file(path: Path, max_bytes: int, follow: bool = False) -> bytes:
     """The content of a plain file.
 
     Raises RecordError also where it has more than ``max_bytes``, of which nothing is read.
     """
-    with open_to_read(path) as file:
+    with open_to_read(path, follow) as file:
         if os.fstat(file.fileno()).st_size <= max_bytes:
             content = file.read(max_bytes + 1)
             if len(content) <= max_bytes:
@@ -103,6 +105,17 @@ def remove_parts(folder: Path) -> None:
     for path in folder.glob(".*.part"):
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+def check_writable(option: str, folder: Path) -> None:
+    """Create ``folder`` if need be. A UserError names the option where it cannot be written to."""
+    probe = folder / f".write-test-{secrets.token_hex(8)}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        create(probe).close()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{option}: cannot write to '{folder}' ({error.strerror})") from None
 
 
 def make_folder(root: Path, folder: Path) -> None:

@@ -143,7 +143,8 @@ class Attempt:
         finished = self.record.status == "finished"
         result = digest(updates) if finished else None
         self._set(updates=len(updates), digest=result, ended=_end(self.record.started, updates))
-        with contextlib.suppress(OSError) if self.record.error else contextlib.nullcontext():
+        # What is not finished is taken up again; its last lines matter less than what ended it.
+        with contextlib.nullcontext() if finished else contextlib.suppress(OSError):
             if self._log is not None and finished:
                 self._log.compress()
             write_run(self.folder, self.record)

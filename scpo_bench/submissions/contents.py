@@ -24,6 +24,7 @@ from scpo_bench.leaderboard.render import printable
 from scpo_bench.records.files import (
     CHECKPOINT_FILE,
     COMPRESSED_UPDATES_FILE,
+    LOCKS_FOLDER,
     MAX_LINE_BYTES,
     RUN_FILE,
     TRACEBACK_FILE,
@@ -45,7 +46,6 @@ PACKED = (".tar.gz", ".tgz")
 _GENERATED = (".md", ".html", ".csv", ".tex", ".png", ".svg", ".pdf", ".part")
 # proof.json and tuning.json are claims about records, which a bundle's reader cannot check.
 _LEFT_BY_RUNS = (TRACEBACK_FILE, CHECKPOINT_FILE, PROOF_FILE, STUDY_FILE)
-_LOCKS_FOLDER = ".locks"
 
 # What tarfile, gzip and zlib raise for damaged and hostile archives.
 _DAMAGE = (tarfile.TarError, zlib.error, struct.error, OSError, ValueError, EOFError)
@@ -172,7 +172,7 @@ def _check_size(name: str, size: int) -> None:
 
 def _why_ignored(path: Path) -> str | None:
     """Why a file beside one's own records is ignored ("": not worth a note); None if it is not."""
-    if path.parent.name == _LOCKS_FOLDER:
+    if path.parent.name == LOCKS_FOLDER:
         return ""
     if path.name in RECORD_FILES:
         return "set aside"
