@@ -87,12 +87,13 @@ def _suite_folder(results: Path, suite: str) -> Path:
 
 
 def _suites_with_records(results: Path) -> list[str]:
-    """Names of the folders in ``results``; links are named and left out."""
+    """Names of the folders in ``results``. UserError for a link among them."""
+    from scpo_bench.records.plain_files import check_folder
+
     found = []
     for path in sorted(results.iterdir()) if results.is_dir() else ():
-        if path.is_symlink():
-            typer.echo(f"left out: {path}: a symbolic link", err=True)
-        elif path.is_dir() and not path.name.startswith("."):
+        if path.is_dir() and not path.name.startswith("."):
+            check_folder(path)
             found.append(path.name)
     return found
 

@@ -69,7 +69,7 @@ def first_problem(error: ValidationError) -> str:
     place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in problem["loc"])
     message = f"{place.removeprefix('.') or 'file'}: {problem['msg']}"
     # The message names what is missing, unknown or no JSON; the input is all that is around it.
-    if problem["type"] in ("missing", "unknown", "json_invalid"):
+    if problem["type"] in ("missing", "unknown", "json_invalid") or not place:
         return message
     try:
         given = repr(problem["input"])

@@ -45,7 +45,7 @@ MAX_UPDATES = 100_000
 MAX_FILE_BYTES = 50_000_000  # of a run's updates, inflated
 # What one command reads.
 MAX_ENTRIES = 100_000  # files and folders
-MAX_TOTAL_BYTES = 2_000_000_000  # of all updates, inflated
+MAX_TOTAL_BYTES = 1_000_000_000  # of all updates, inflated
 
 RUN_FILE, UPDATES_FILE, COMPRESSED_UPDATES_FILE = "run.json", "updates.jsonl", "updates.jsonl.gz"
 # Beside a record and no part of it: of a run in progress, of one that failed.

@@ -136,8 +136,8 @@ def _set_aside(folder: Path, cell: Cell) -> None:
             )
 
 
-def _check_locks(results: Path) -> None:
-    """Make the folder of locks, and try one."""
+def _locks_folder(results: Path) -> Path:
+    """The folder of lock files, which is made if there is none. RecordError for a link."""
     locks = results / LOCKS_FOLDER
     if not os.path.lexists(locks):
         with contextlib.suppress(FileExistsError):
@@ -145,6 +145,12 @@ def _check_locks(results: Path) -> None:
             # Whoever may add records may lock them, whatever the umask of the first user.
             locks.chmod(stat.S_IMODE(results.stat().st_mode))
     check_folder(locks)
+    return locks
+
+
+def _check_locks(results: Path) -> None:
+    """UserError where runs cannot be locked."""
+    locks = _locks_folder(results)
     check_writable("--results", locks)
     try:
         with _open_lock(locks / "test") as lock:
@@ -212,7 +218,7 @@ def _locked(job: _Job, cell: Cell) -> Iterator[bool]:
     An advisory lock on a file of the cell's own, which the operating system releases when its
     holder dies, however it dies.
     """
-    with _open_lock(job.results / LOCKS_FOLDER / f"{job.suite}-{cell.key()}") as file:
+    with _open_lock(_locks_folder(job.results) / f"{job.suite}-{cell.key()}") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

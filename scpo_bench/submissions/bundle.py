@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scpo_bench import __version__
+from scpo_bench.errors import UserError
 from scpo_bench.leaderboard.render import plain_rows
 from scpo_bench.leaderboard.tables import leaderboard, load
 from scpo_bench.records.files import RecordError, read_run, run_folders
@@ -33,7 +34,8 @@ def bundle(results: Path, suite: str, output: Path, planned: Sequence[Cell] = ()
 
     A bundle consists of the records and a manifest with their hashes, the planned cells and the
     leaderboard; no code, no pickles, no tracebacks. The same records give the same bytes. Raises
-    RecordError where there are no records, where one is not consistent, or where ``output`` exists.
+    RecordError where there are no records, where one is not consistent, or where ``output`` exists;
+    UserError where it cannot be written.
     """
     root = results / suite
     if not root.is_dir():
@@ -55,16 +57,23 @@ def bundle(results: Path, suite: str, output: Path, planned: Sequence[Cell] = ()
     )
     # The manifest comes first: a reader of the archive knows what follows.
     contents = {MANIFEST_FILE: canonical(manifest.model_dump(mode="json")) + b"\n", **contents}
+    try:
+        _write(output, contents, suite)
+    except OSError as error:
+        raise UserError(f"--output: cannot write '{output}' ({error.strerror})") from None
+    return output
+
+
+def _write(output: Path, contents: dict[str, bytes], suite: str) -> None:
     if output.name.endswith(PACKED):
         write_atomically(output, _archive(contents, suite))
-        return output
+        return
     output.mkdir(parents=True)
     for name, data in contents.items():
         path = output / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with create(path) as file:
             write_all(file, data)
-    return output
 
 
 def _record_files(root: Path, suite: str) -> dict[str, bytes]:

@@ -15,8 +15,10 @@ import stat
 import struct
 import tarfile
 import zlib
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -53,7 +55,7 @@ _DAMAGE = (tarfile.TarError, zlib.error, struct.error, OSError, ValueError, EOFE
 # Limits of what is read at all. The updates of a run of 300 updates take about 300 kB, a large
 # suite about 20 MB compressed.
 MAX_FILES = 100_000
-MAX_MEMBERS = 20_000  # of an archive
+MAX_MEMBERS = 10_000  # of an archive
 MAX_DEPTH = 12
 MAX_BYTES = {
     RUN_FILE: MAX_LINE_BYTES,
@@ -203,24 +205,36 @@ class _BoundedGzip(gzip.GzipFile):
 
 
 def unpack(archive: Path, target: Path) -> None:
-    """Write the files of a .tar.gz below ``target``; each name is checked. Raises Refused."""
+    """Write the files of a .tar.gz below ``target``. Raises Refused before anything is written."""
     if archive.stat().st_size > MAX_ARCHIVE_BYTES:
         raise Refused(f"{archive}: larger than {MAX_ARCHIVE_BYTES} bytes")
     try:
-        with (
-            open_to_read(archive) as packed,
-            _BoundedGzip(fileobj=packed, mode="rb") as expanded,
-            tarfile.open(fileobj=expanded, mode="r|", errorlevel=0) as tar,
-        ):
-            for number, member in enumerate(tar):
-                if number >= MAX_MEMBERS:
-                    raise Refused(f"more than {MAX_MEMBERS} files")
-                expanded.expect(member.size)
-                _unpack_member(tar, member, target)
+        names = [member.name for member, _ in _members(archive)]
+        if repeated := next((name for name, n in Counter(names).items() if n > 1), None):
+            raise Refused(f"{printable(repeated, 120)!r} appears twice")
+        for member, source in _members(archive):
+            path = target / member.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "xb") as file:
+                shutil.copyfileobj(source, file)
     except Refused as refused:
         raise Refused(f"{archive}: {refused}") from None
     except (*_DAMAGE, RecursionError, OverflowError) as error:
         raise Refused(f"{archive}: not a readable .tar.gz ({printable(error, 120)})") from None
+
+
+def _members(archive: Path) -> Iterator[tuple[tarfile.TarInfo, IO[bytes]]]:
+    """The files of a .tar.gz, each checked. Raises Refused, and what is in ``_DAMAGE``."""
+    with (
+        open_to_read(archive, follow=True) as packed,
+        _BoundedGzip(fileobj=packed, mode="rb") as expanded,
+        tarfile.open(fileobj=expanded, mode="r|", errorlevel=0) as tar,
+    ):
+        for number, member in enumerate(tar):
+            if number >= MAX_MEMBERS:
+                raise Refused(f"more than {MAX_MEMBERS} files")
+            expanded.expect(member.size)
+            yield member, _checked(tar, member)
 
 
 def safe_parts(name: str) -> tuple[str, ...] | None:
@@ -233,7 +247,8 @@ def safe_parts(name: str) -> tuple[str, ...] | None:
     return parts if plain and 0 < len(parts) <= MAX_DEPTH else None
 
 
-def _unpack_member(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
+def _checked(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
+    """The content of a file of an archive. Raises Refused for what must not be in a bundle."""
     shown = repr(printable(member.name, 120))
     parts = safe_parts(member.name)
     if parts is None:
@@ -244,8 +259,4 @@ def _unpack_member(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) 
     if parts[-1] not in MAX_BYTES:
         raise Refused(f"{shown} is not part of a record")
     _check_size(member.name, member.size)
-    path = target.joinpath(*parts)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # "x": a second member of the same name must not replace the first.
-    with open(path, "xb") as file:
-        shutil.copyfileobj(source, file)
+    return source
