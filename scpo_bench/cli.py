@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import enum
-import io
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,6 +16,7 @@ import typer
 from typer import Argument, Option
 
 from scpo_bench.errors import UserError, describe, nearest
+from scpo_bench.processes import discard_output, open_streams
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -425,26 +424,10 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
-def _open_streams() -> None:
-    """Give the process the streams that it was started without, and let any text be printed."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:  # closed by the caller (>&-)
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until the process ends)
-        elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # tables are not ASCII, a locale may be
-
-
 def _end(message: str, status: int) -> NoReturn:
     with contextlib.suppress(OSError):
         typer.echo(f"scpo-bench: {message}", err=True)
     sys.exit(status)
-
-
-def _drop_output() -> None:
-    """Where standard output cannot be written, the interpreter would fail again at its end."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main() -> None:
@@ -452,7 +435,7 @@ def main() -> None:
 
     So is what the operating system refuses.
     """
-    _open_streams()
+    open_streams()
     try:
         try:
             app()
@@ -461,10 +444,10 @@ def main() -> None:
     except UserError as error:
         _end(str(error), error.exit_status)
     except BrokenPipeError:  # `| head` has read enough
-        _drop_output()
+        discard_output()
         sys.exit(1)
     except OSError as error:
-        _drop_output()
+        discard_output()
         _end(describe(error), 2)
 
 

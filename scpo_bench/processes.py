@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from typing import NoReturn
+
+
+def open_streams() -> None:
+    """Open the output streams that the process was started without, and let them take any text."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started the process (>&-)
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until the process ends)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # tables are not ASCII, a locale may be
+
+
+def discard_output() -> None:
+    """Standard output cannot be written: what is left of it must not fail again at the end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def end_with_parent() -> None:

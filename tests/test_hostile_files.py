@@ -604,6 +604,19 @@ def test_suites_files_that_are_no_files(place, scpo_bench, kind):
     unchanged(place)
 
 
+def test_a_suites_file_may_be_a_link(place, scpo_bench):
+    """The user names it, so it is the user's own choice what it links to."""
+    Path("linked.yaml").symlink_to("benchmarks.yaml")
+    assert scpo_bench("list", "suites", "--file", "linked.yaml").status == 0
+
+
+@pytest.mark.parametrize("kind", [*KINDS])
+def test_counterexamples_that_are_no_files(place, scpo_bench, kind):
+    """Somebody else's counterexample is untrusted as well."""
+    kind(Path("odd.json"), place)
+    assert scpo_bench("falsify", "--replay", "odd.json").status == 2
+
+
 # Machines and users.
 
 
@@ -687,14 +700,13 @@ def as_user(user: int) -> list[str]:
 
 @pytest.fixture
 def shared() -> Iterator[Path]:
-    """A folder of a group, below which other users can write."""
-    if (
-        os.geteuid() != 0
-        or subprocess.run([*as_user(1), sys.executable, "-c", ""], check=False).returncode
-    ):
+    """A folder of a group, below which its users can write."""
+    probe = [*as_user(23451), sys.executable, "-c", ""]
+    if os.geteuid() != 0 or subprocess.run(probe, check=False).returncode:
         pytest.skip("needs to act as other users")
     path = Path(tempfile.mkdtemp(dir="/tmp"))
-    path.chmod(0o2777)
+    os.chown(path, -1, 23456)
+    path.chmod(0o2775)
     yield path
     shutil.rmtree(path)
 
@@ -785,6 +797,21 @@ def test_a_disk_that_is_full_at_the_end(place, scpo_bench, monkeypatch):
     assert (place.run / "checkpoint").exists()
     assert scpo_bench("run", "s").status == 0
     assert verify(place.run).ok
+
+
+def test_an_interrupt_counts_on_a_full_disk_too(place, monkeypatch):
+    """Ctrl-C must end the command where the record of the interrupted run cannot be written."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def interrupt(steps: int, updates: int) -> None:
+        monkeypatch.setattr(harness, "write_run", full)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        harness.run_cell(place.cell, Path("interrupted"), "s", interrupt)
+    assert read_run(Path("interrupted")).status == "running"
 
 
 def test_configurations_in_turn(place):
