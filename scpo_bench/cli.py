@@ -437,15 +437,9 @@ def main() -> None:
     """
     open_streams()
     try:
-        try:
-            app()
-        finally:
-            sys.stdout.flush()
+        app()
     except UserError as error:
         _end(str(error), error.exit_status)
-    except BrokenPipeError:  # `| head` has read enough
-        discard_output()
-        sys.exit(1)
     except OSError as error:
         discard_output()
         _end(describe(error), 2)

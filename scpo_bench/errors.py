@@ -68,8 +68,9 @@ def first_problem(error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
     place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in problem["loc"])
     message = f"{place.removeprefix('.') or 'file'}: {problem['msg']}"
-    # The message names what is missing, unknown or no JSON; the input is all that is around it.
-    if problem["type"] in ("missing", "unknown", "json_invalid") or not place:
+    # The message names what is missing or unknown; the input is the whole mapping around it, or the
+    # whole file.
+    if problem["type"] in ("missing", "unknown") or not place:
         return message
     try:
         given = repr(problem["input"])

@@ -55,6 +55,7 @@ pytestmark = pytest.mark.timeout(60)
 
 COMMAND = [sys.executable, "-m", "scpo_bench.cli"]
 CANARY = "CANARY-7f3a"
+# Of processor time, which other processes do not lengthen; whatever waits runs into the timeout.
 LIMIT_S, LIMIT_BYTES = 10, 1_000_000_000
 SUITES = f"""
 version: 1
@@ -111,13 +112,13 @@ def scpo_bench(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["scpo-bench", *map(str, arguments)])
         monkeypatch.setattr("scpo_bench.processes.sigterm_interrupts", lambda: None)
         capsys.readouterr()
-        began = time.monotonic()
+        began = time.process_time()
         try:
             cli.main()
             status = 0
         except SystemExit as ended:
             status = int(ended.code or 0)
-        assert time.monotonic() - began < LIMIT_S
+        assert time.process_time() - began < LIMIT_S
         shown = capsys.readouterr()
         assert "Traceback" not in shown.out + shown.err
         assert CANARY not in shown.out + shown.err
@@ -436,7 +437,6 @@ AMOUNTS = (
 
 def within_limits(*arguments: object) -> Ended:
     """Run a command in a process of its own; it has to keep to the limits of time and memory."""
-    began = time.monotonic()
     process = subprocess.Popen(
         [*COMMAND, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -445,7 +445,7 @@ def within_limits(*arguments: object) -> Ended:
     process.returncode = os.waitstatus_to_exitcode(status)
     process.stdout.close()
     process.stderr.close()
-    assert time.monotonic() - began < LIMIT_S
+    assert used.ru_utime + used.ru_stime < LIMIT_S
     assert used.ru_maxrss * 1024 < LIMIT_BYTES
     assert "Traceback" not in out + err
     return Ended(process.returncode, out, err)
@@ -516,6 +516,10 @@ ARCHIVES = {
     ),
     "the same file": gzip.compress(2 * member("s/run.json")),
     "a long header": gzip.compress(extended(900 << 20, tarfile.XHDTYPE)) + 900 * ZEROS,
+    "a long header after a file": gzip.compress(
+        member("s/run.json") + extended(900 << 20, tarfile.XHDTYPE)
+    )
+    + 900 * ZEROS,
     "a long name": gzip.compress(extended(900 << 20, tarfile.GNUTYPE_LONGNAME)) + 900 * ZEROS,
     "global header": gzip.compress(extended(900 << 20, tarfile.XGLTYPE)) + 900 * ZEROS,
     "many large files": b"".join(
@@ -659,7 +663,8 @@ def shell(command: str, **environment: str) -> Ended:
         ("$S verify nowhere 2> /dev/full", 2, 0),
         ("$S leaderboard s --format md > /dev/full", 2, 1),
         ("$S leaderboard s | head -1; exit ${PIPESTATUS[1]}", 0, 0),
-        ("$S list agents < /dev/null | true; exit ${PIPESTATUS[1]}", 0, 0),
+        ("$S list agents | true; exit ${PIPESTATUS[0]}", 1, 0),
+        ("$S leaderboard s --format csv | true; exit ${PIPESTATUS[0]}", 1, 0),
     ],
 )
 def test_output_that_cannot_be_written(place, command, status, lines):
@@ -715,8 +720,12 @@ def test_two_unknown_users_share_a_folder(shared):
     """Neither has an account or a home; what one has made, the other uses or is told about."""
     (shared / "benchmarks.yaml").write_text(SUITES)
 
+    (shared / "results").mkdir()
+    os.chown(shared / "results", -1, 23456)
+    (shared / "results").chmod(0o2775)
+
     def run(user: int) -> Ended:
-        return shell(f"cd {shared}; umask 002; {' '.join(as_user(user))} $S run s")
+        return shell(f"cd {shared}; umask 022; {' '.join(as_user(user))} $S run s")
 
     first = run(23451)
     assert first.status == 0
@@ -724,10 +733,7 @@ def test_two_unknown_users_share_a_folder(shared):
     second = run(23452)
     assert second.status == 0
     assert "1 already there" in second.out
-    # The first user's own folder and lock: readable, but not for others to write.
-    for path in (shared / "results").rglob("*"):
-        path.chmod(0o2755 if path.is_dir() else 0o644)
-    (shared / "results" / ".locks").chmod(0o2775)
+    # The suite's folder is the first user's own.
     (shared / "benchmarks.yaml").write_text(SUITES.replace("640", "1280"))
     third = run(23452)
     assert third.status == 2
@@ -875,11 +881,11 @@ def test_temporary_names_differ_between_containers(tmp_path, monkeypatch):
 
 def test_new_files_are_as_the_umask_says(tmp_path):
     """Records on a shared folder are for the group to read; the key of checkpoints is not."""
-    old = os.umask(0o027)
+    old = os.umask(0o007)
     try:
         plain_files.write_atomically(tmp_path / "file", b"data")
         plain_files.create(tmp_path / "key", mode=0o600).close()
     finally:
         os.umask(old)
     modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("file", "key")]
-    assert modes == [0o640, 0o600]
+    assert modes == [0o660, 0o600]

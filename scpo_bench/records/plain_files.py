@@ -42,8 +42,6 @@ def open_descriptor(path: Path, flags: int, follow: bool = False) -> int:
     except OSError as error:
         if error.errno == errno.ELOOP and path.is_symlink():
             raise RecordError(f"{path}: a symbolic link; expected a plain file") from None
-        if error.errno in (errno.ENXIO, errno.EISDIR):  # a socket, a folder
-            raise RecordError(f"{path}: not a plain file") from None
         raise
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return descriptor
