@@ -16,7 +16,7 @@ import typer
 from typer import Argument, Option
 
 from scpo_bench.errors import UserError, describe, nearest
-from scpo_bench.processes import discard_output, open_streams
+from scpo_bench.processes import open_streams
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -441,7 +441,6 @@ def main() -> None:
     except UserError as error:
         _end(str(error), error.exit_status)
     except OSError as error:
-        discard_output()
         _end(describe(error), 2)
 
 

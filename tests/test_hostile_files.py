@@ -521,7 +521,6 @@ ARCHIVES = {
     )
     + 900 * ZEROS,
     "a long name": gzip.compress(extended(900 << 20, tarfile.GNUTYPE_LONGNAME)) + 900 * ZEROS,
-    "global header": gzip.compress(extended(900 << 20, tarfile.XGLTYPE)) + 900 * ZEROS,
     "many large files": b"".join(
         gzip.compress(member(f"s/{n}/updates.jsonl", 90 << 20)) + 90 * ZEROS for n in range(12)
     ),
