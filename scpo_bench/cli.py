@@ -85,18 +85,6 @@ def _suite_folder(results: Path, suite: str) -> Path:
     return results / suite
 
 
-def _suites_with_records(results: Path) -> list[str]:
-    """Names of the folders in ``results``. UserError for a link among them."""
-    from scpo_bench.records.plain_files import check_folder
-
-    found = []
-    for path in sorted(results.iterdir()) if results.is_dir() else ():
-        if path.is_dir() and not path.name.startswith("."):
-            check_folder(path)
-            found.append(path.name)
-    return found
-
-
 def _planned(benchmarks: Benchmarks, suite: str) -> list[Cell] | None:
     """The suite's cells, which the table compares with its records; None for an unlisted suite."""
     from scpo_bench.suites.cells import cells
@@ -236,10 +224,14 @@ def leaderboard(
 ) -> None:
     """Print the table of all records: feasibility first, then return."""
     from scpo_bench.leaderboard import render, tables
+    from scpo_bench.records.plain_files import check_folder
 
     benchmarks = _benchmarks(file)
-    found = _suites_with_records(results)
+    folders = results.iterdir() if results.is_dir() else ()
+    found = sorted(p.name for p in folders if p.is_dir() and not p.name.startswith("."))
     names = [name for name in found if suite in (None, name)]
+    for name in names:
+        check_folder(results / name)
     if format is TableFormat.html and not (suite and names):
         raise UserError("--format html: needs the name of one suite that has records")
     if not names:

@@ -209,9 +209,9 @@ def unpack(archive: Path, target: Path) -> None:
     if archive.stat().st_size > MAX_ARCHIVE_BYTES:
         raise Refused(f"{archive}: larger than {MAX_ARCHIVE_BYTES} bytes")
     try:
-        names = [member.name for member, _ in _members(archive)]
-        if repeated := next((name for name, n in Counter(names).items() if n > 1), None):
-            raise Refused(f"{printable(repeated, 120)!r} appears twice")
+        names = Counter(PurePosixPath(member.name) for member, _ in _members(archive))
+        for name in (name for name, times in names.items() if times > 1):
+            raise Refused(f"{printable(name, 120)!r} appears twice")
         for member, source in _members(archive):
             path = target / member.name
             path.parent.mkdir(parents=True, exist_ok=True)
