@@ -10,12 +10,13 @@ import enum
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from typer import Argument, Option
 
-from scpo_bench.errors import UserError, nearest
+from scpo_bench.errors import UserError, describe, nearest
+from scpo_bench.processes import open_streams
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -69,6 +70,19 @@ def _benchmarks(file: Path | None) -> Benchmarks:
     from scpo_bench.suites.schema import default_file, load_benchmarks
 
     return load_benchmarks(file or default_file())
+
+
+def _suite_folder(results: Path, suite: str) -> Path:
+    """The folder of a suite's records. UserError for a link, or if there is none."""
+    from scpo_bench.records.files import check_suite_name
+    from scpo_bench.records.plain_files import check_folder
+
+    check_suite_name("SUITE", suite)
+    try:
+        check_folder(results / suite)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"no records of suite '{suite}' in '{results}'") from None
+    return results / suite
 
 
 def _planned(benchmarks: Benchmarks, suite: str) -> list[Cell] | None:
@@ -210,11 +224,14 @@ def leaderboard(
 ) -> None:
     """Print the table of all records: feasibility first, then return."""
     from scpo_bench.leaderboard import render, tables
+    from scpo_bench.records.plain_files import check_folder
 
     benchmarks = _benchmarks(file)
     folders = results.iterdir() if results.is_dir() else ()
     found = sorted(p.name for p in folders if p.is_dir() and not p.name.startswith("."))
     names = [name for name in found if suite in (None, name)]
+    for name in names:
+        check_folder(results / name)
     if format is TableFormat.html and not (suite and names):
         raise UserError("--format html: needs the name of one suite that has records")
     if not names:
@@ -248,17 +265,19 @@ def plot(
 ) -> None:
     """Plot a suite: values per update, SCPO's certificate, and the performance profile."""
     from scpo_bench.leaderboard import plots
+    from scpo_bench.records.plain_files import check_writable, make_folder
 
     formats = tuple(format.split(","))
     for name in formats:
         if name not in ("png", "svg", "pdf"):
             raise UserError(f"--format: expected png, svg or pdf, got '{name}'")
-    if not (results / suite).is_dir():
-        raise UserError(f"no records of suite '{suite}' in '{results}'")
+    folder = _suite_folder(results, suite)
     planned = _planned(_benchmarks(file), suite)
-    for path in plots.plot_suite(
-        results, suite, output or results / suite / "plots", formats, planned
-    ):
+    if output is None:
+        output = folder / "plots"
+        make_folder(results, output)
+    check_writable("--output", output)
+    for path in plots.plot_suite(results, suite, output, formats, planned):
         typer.echo(path)
 
 
@@ -301,6 +320,7 @@ def bundle(
     """Pack a suite's records for submission: no code, no pickles."""
     from scpo_bench.submissions import bundle as packing
 
+    _suite_folder(results, suite)
     planned = _planned(_benchmarks(file), suite) or []
     typer.echo(packing.bundle(results, suite, output or Path(f"{suite}.tar.gz"), planned))
 
@@ -339,11 +359,13 @@ def falsify(
     from scpo_bench.checks import falsify as search
     from scpo_bench.checks.falsify_figure import draw
     from scpo_bench.records.files import file_name
+    from scpo_bench.records.plain_files import check_writable
 
     if replay is not None:
         lines, breached = search.replay_lines(counterexample.load(replay))
         typer.echo("\n".join(lines))
         raise typer.Exit(0 if breached else 1)
+    check_writable("--output", output)
     with Progress(transient=True, disable=not sys.stderr.isatty()) as bar:
         line = bar.add_task("")
 
@@ -394,13 +416,24 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
+def _end(message: str, status: int) -> NoReturn:
+    with contextlib.suppress(OSError):
+        typer.echo(f"scpo-bench: {message}", err=True)
+    sys.exit(status)
+
+
 def main() -> None:
-    """Run a command; a user's mistake is one line on stderr and exit status 2."""
+    """Run a command; a user's mistake is one line on stderr and exit status 2.
+
+    So is what the operating system refuses.
+    """
+    open_streams()
     try:
         app()
     except UserError as error:
-        typer.echo(f"scpo-bench: {error}", err=True)
-        sys.exit(error.exit_status)
+        _end(str(error), error.exit_status)
+    except OSError as error:
+        _end(describe(error), 2)
 
 
 if __name__ == "__main__":

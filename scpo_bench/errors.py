@@ -48,6 +48,12 @@ def at(place: object) -> Iterator[None]:
         raise UserError(f"{place}: {problem}") from None
 
 
+def describe(error: OSError) -> str:
+    """What the operating system refused: "results/run.json: Permission denied"."""
+    problem = error.strerror or str(error) or type(error).__name__
+    return problem if error.filename is None else f"{error.filename}: {problem}"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """A hint to append to a message: "; did you mean 'x'?", or the choices if there are few."""
     choices = list(known)
@@ -62,8 +68,9 @@ def first_problem(error: ValidationError) -> str:
     problem = error.errors(include_url=False)[0]
     place = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in problem["loc"])
     message = f"{place.removeprefix('.') or 'file'}: {problem['msg']}"
-    # The message names what is missing or unknown; the input is the whole mapping around it.
-    if problem["type"] in ("missing", "unknown"):
+    # The message names what is missing or unknown; the input is the whole mapping around it, or the
+    # whole file.
+    if problem["type"] in ("missing", "unknown") or not place:
         return message
     try:
         given = repr(problem["input"])

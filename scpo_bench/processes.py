@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from typing import NoReturn
+
+
+def open_streams() -> None:
+    """Open the output streams that the process was started without, and let them take any text."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by whoever started the process (>&-)
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (until the process ends)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # tables are not ASCII, a locale may be
 
 
 def end_with_parent() -> None:

@@ -147,7 +147,7 @@ def _link(folder):
         (lambda folder: (folder / PROOF_FILE).write_bytes(b"[" * MAX_PROOF_BYTES), "Invalid JSON"),
         (
             lambda folder: (folder / PROOF_FILE).write_text(" " * (MAX_PROOF_BYTES + 1)),
-            "not a proof",
+            "larger than 20000 bytes",
         ),
         (lambda folder: changed(folder, proved=400), "is not distinct"),
         (lambda folder: changed(folder, violating=1, proved=3), "a counterexample belongs to"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gzip
+import hashlib
 import json
 import os
 import re
@@ -221,14 +222,24 @@ def test_show_is_light():
     ("name", "expected"),
     [
         ("scpo_bench/DoubleIntegrator-v0", "scpo_bench.DoubleIntegrator-v0"),
-        ("../../mine.py:Agent", "mine.py.Agent"),
-        ("..", ""),
-        ("a b\0c", "a.b.c"),
+        ("SafetyPointGoal1-v0", "SafetyPointGoal1-v0"),
+        ("ALE/Pong-v5", "ALE.Pong-v5"),
+        ("filtered:scpo", "filtered.scpo"),
+        ("filtered/scpo", "filtered.scpo+"),
+        ("../../mine.py:Agent", "mine.py.Agent+"),
+        ("..", "+"),
+        ("a b\0c", "a.b.c+"),
+        ("-rf", "rf+"),
+        ("é", "+"),
+        ("a" * 101, f"{'a' * 60}+"),
     ],
 )
 def test_file_names(name, expected):
     """A name is one part of a path and leads nowhere else; committed folders depend on the form."""
-    assert file_name(name) == expected
+    found = file_name(name)
+    if expected.endswith("+"):
+        expected += hashlib.sha256(name.encode()).hexdigest()[:32]
+    assert found == expected
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from scpo_bench.contract import Floats
 from scpo_bench.errors import UserError, first_problem
-from scpo_bench.records.files import write_atomically
+from scpo_bench.records.plain_files import read_file, write_atomically
 from scpo_bench.scpo.projection import Certificate, project
 from scpo_bench.scpo.smoothness import curvatures
 
@@ -158,11 +158,8 @@ def save(found: Counterexample, path: Path) -> None:
 def load(path: Path) -> Counterexample:
     """A saved counterexample, checked. Raises UserError if the file is not one."""
     try:
-        if path.stat().st_size > MAX_COUNTEREXAMPLE_BYTES:
-            raise UserError(
-                f"{path}: larger than {MAX_COUNTEREXAMPLE_BYTES >> 20} MiB, no counterexample is"
-            )
-        found = Counterexample.model_validate_json(path.read_bytes())
+        content = read_file(path, MAX_COUNTEREXAMPLE_BYTES, follow=True)
+        found = Counterexample.model_validate_json(content)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValidationError as error:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 
 from scpo_bench.checks.falsify import DIRECTIONS, FACTORS, RADII, Report, Setting
+from scpo_bench.records.plain_files import write_atomically
 
 LINE_STYLES = {"all": "-", "remembered": "--", "random": ":"}
 
@@ -46,6 +48,8 @@ def draw(report: Report, path: Path) -> None:
     axes.set_ylabel("certified steps that breach, %")
     axes.set_title(f"{report.task}: breaches of the certificate")
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix.removeprefix("."))
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    write_atomically(path, drawn.getvalue())
     plt.close(figure)

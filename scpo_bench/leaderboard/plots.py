@@ -5,6 +5,7 @@ Matplotlib is imported when a figure is drawn, not before; no display is needed.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from scpo_bench.errors import UserError, nearest
 from scpo_bench.leaderboard.figures import Figure, Panel, Series, suite_figures
 from scpo_bench.leaderboard.styles import BREACH, REFERENCE
+from scpo_bench.records.plain_files import write_atomically
 from scpo_bench.records.schema import Cell
 
 if TYPE_CHECKING:
@@ -79,7 +81,9 @@ def plot_suite(
             canvas = draw(figure)
             for name in formats:
                 path = out_dir / f"{stem}.{name}"
-                canvas.savefig(path, metadata=METADATA.get(name, {}))
+                drawn = io.BytesIO()
+                canvas.savefig(drawn, format=name, metadata=METADATA.get(name, {}))
+                write_atomically(path, drawn.getvalue())
                 written[path] = None
     return list(written)
 

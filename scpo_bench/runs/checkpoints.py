@@ -27,7 +27,8 @@ import torch
 from stable_baselines3.common.vec_env import VecEnvWrapper
 
 from scpo_bench.contract import Agent
-from scpo_bench.records.files import CHECKPOINT_FILE, LogMark, UpdateLog, write_atomically
+from scpo_bench.records.files import CHECKPOINT_FILE, LogMark, RecordError, UpdateLog
+from scpo_bench.records.plain_files import create, open_to_read, write_atomically
 from scpo_bench.runs.recorder import RecordingVecEnv
 
 # Of a run's time, spent on checkpoints at most; cheap ones are written at every update.
@@ -83,14 +84,14 @@ def _state(agent: Agent) -> dict[str, Any]:
 
 def _key() -> bytes | None:
     """This user's sealing key, written on first use; None where it cannot be stored."""
-    base = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "scpo-bench"
-    path = base / "checkpoint.key"
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: the user has no home
+        base = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "scpo-bench"
+        path = base / "checkpoint.key"
         if not path.exists():
             base.mkdir(parents=True, exist_ok=True)
-            fresh = base / f".checkpoint.key.{os.getpid()}"
-            fresh.touch(mode=0o600)
-            fresh.write_bytes(secrets.token_bytes(SEAL_BYTES))
+            fresh = base / f".checkpoint.key.{secrets.token_hex(8)}"
+            with create(fresh, mode=0o600) as file:
+                file.write(secrets.token_bytes(SEAL_BYTES))
             with contextlib.suppress(FileExistsError):
                 os.link(fresh, path)  # the first of several processes wins, with a whole key
             fresh.unlink()
@@ -149,8 +150,9 @@ class Checkpointer:
     def load(self, agent_class: type[Agent]) -> Checkpoint | None:
         """The run's last checkpoint, if it is ours and fits; sets the global random generators."""
         try:
-            content = self.path.read_bytes()
-        except OSError:
+            with open_to_read(self.path) as file:
+                content = file.read()
+        except (OSError, RecordError):
             return None
         seal, body = content[:SEAL_BYTES], content[SEAL_BYTES:]
         if self._secret is None or not hmac.compare_digest(

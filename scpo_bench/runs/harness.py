@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import traceback
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,15 @@ from threadpoolctl import threadpool_limits
 
 from scpo_bench.contract import Agent
 from scpo_bench.errors import UserError
-from scpo_bench.records.files import RecordError, UpdateLog, read_run, read_updates, write_run
+from scpo_bench.records.files import (
+    TRACEBACK_FILE,
+    RecordError,
+    UpdateLog,
+    read_run,
+    read_updates,
+    write_run,
+)
+from scpo_bench.records.plain_files import remove_parts, write_atomically
 from scpo_bench.records.schema import Cell, Run, Update, digest
 from scpo_bench.runs.agents import make_agent, resolved_config, source_digest
 from scpo_bench.runs.checkpoints import Checkpoint, Checkpointer
@@ -63,7 +72,8 @@ class Attempt:
         """What ``run_cell`` does."""
         torch.set_num_threads(1)
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "traceback.txt").unlink(missing_ok=True)
+        remove_parts(self.folder)
+        (self.folder / TRACEBACK_FILE).unlink(missing_ok=True)
         try:
             self._learn(progress, workers)
         except (Exception, SystemExit) as failure:  # not KeyboardInterrupt
@@ -120,7 +130,8 @@ class Attempt:
         setting_up = self._recorder is None or not self._recorder.updates
         self.users_mistake = isinstance(failure, ValueError if setting_up else UserError)
         with contextlib.suppress(OSError):
-            (self.folder / "traceback.txt").write_text(traceback.format_exc())
+            text = traceback.format_exc().encode(errors="replace")
+            write_atomically(self.folder / TRACEBACK_FILE, text)
 
     def _close(self) -> None:
         """Write the end of the record."""
@@ -131,8 +142,9 @@ class Attempt:
             self._set(status="interrupted")
         finished = self.record.status == "finished"
         result = digest(updates) if finished else None
-        self._set(updates=len(updates), digest=result, ended=_now())
-        with contextlib.suppress(OSError) if self.record.error else contextlib.nullcontext():
+        self._set(updates=len(updates), digest=result, ended=_end(self.record.started, updates))
+        # What is not finished is taken up again; its last lines matter less than what ended it.
+        with contextlib.nullcontext() if finished else contextlib.suppress(OSError):
             if self._log is not None and finished:
                 self._log.compress()
             write_run(self.folder, self.record)
@@ -162,9 +174,18 @@ def _normalised(cell: Cell, env: RecordingVecEnv) -> VecEnv:
 
 def _started(folder: Path) -> str:
     """When the run that is resumed was started."""
-    with contextlib.suppress(RecordError):
-        return read_run(folder).started
+    with contextlib.suppress(ValueError):
+        started = read_run(folder).started
+        if datetime.fromisoformat(started).tzinfo is not None:
+            return started
     return _now()
+
+
+def _end(started: str, updates: list[Update]) -> str:
+    """Now, but not before the recorded seconds have passed: a clock may be set back meanwhile."""
+    seconds = math.ceil(updates[-1].wall_time_s) if updates else 0
+    earliest = datetime.fromisoformat(started) + timedelta(seconds=seconds)
+    return max(datetime.now(UTC), earliest).isoformat(timespec="seconds")
 
 
 def _one_line(failure: BaseException) -> str:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
+import io
+import itertools
 import multiprocessing
 import os
+import re
 import signal
+import stat
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -21,9 +25,15 @@ from rich import progress
 from rich.console import Console
 from rich.markup import escape
 
-from scpo_bench.errors import UserError
+from scpo_bench.errors import UserError, describe
 from scpo_bench.processes import end_with_parent, sigterm_interrupts
-from scpo_bench.records.files import RecordError, read_run
+from scpo_bench.records.files import LOCKS_FOLDER, RecordError, check_run_folder, read_run
+from scpo_bench.records.plain_files import (
+    check_folder,
+    check_writable,
+    make_folder,
+    open_descriptor,
+)
 from scpo_bench.records.schema import Cell
 from scpo_bench.suites.cells import run_folder
 
@@ -70,10 +80,11 @@ def run_cells(
 ) -> Outcome:
     """Run every cell that is not finished yet, ``jobs`` at a time.
 
-    UserError if the results folder cannot be written. env_workers: processes that step the
-    environments of one run.
+    UserError if the results folder cannot be written or has no locks. env_workers: processes that
+    step the environments of one run.
     """
-    _check_writable(results)
+    check_writable("--results", results)
+    _check_locks(results)
     job = _Job(suite, results, env_workers)
     waiting = deque(cell for cell in cells if not is_finished(job.folder(cell), cell))
     number = len(waiting)
@@ -117,17 +128,47 @@ def _set_aside(folder: Path, cell: Cell) -> None:
     with contextlib.suppress(RecordError):
         run = read_run(folder)
         if run.status == "finished" and run.key != cell.key():
-            folder.rename(folder.with_name(f"{folder.name}~{run.key[:12]}"))
+            # Whatever the record says is its key: it must not name another folder.
+            name = f"{folder.name}~{re.sub('[^0-9a-f]', '', run.key)[:12]}"
+            names = (f"{name}-{number}" if number > 1 else name for number in itertools.count(1))
+            folder.rename(
+                next(path for path in map(folder.with_name, names) if not os.path.lexists(path))
+            )
 
 
-def _check_writable(results: Path) -> None:
+def _locks_folder(results: Path) -> Path:
+    """The folder of lock files, which is made if there is none. RecordError for a link."""
+    locks = results / LOCKS_FOLDER
+    if not os.path.lexists(locks):
+        with contextlib.suppress(FileExistsError):
+            locks.mkdir()
+            # Whoever may add records may lock them, whatever the umask of the first user.
+            locks.chmod(stat.S_IMODE(results.stat().st_mode))
+    check_folder(locks)
+    return locks
+
+
+def _check_locks(results: Path) -> None:
+    """UserError where runs cannot be locked."""
+    locks = _locks_folder(results)
+    check_writable("--results", locks)
     try:
-        results.mkdir(parents=True, exist_ok=True)
-        probe = results / f".write-test-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        with _open_lock(locks / "test") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pass
     except OSError as error:
-        raise UserError(f"--results: cannot write to '{results}' ({error.strerror})") from None
+        raise UserError(
+            f"--results: '{results}' is on a file system without locks ({error.strerror}), which "
+            "keep two commands from one run"
+        ) from None
+
+
+def _open_lock(path: Path) -> io.FileIO:
+    try:
+        return open(open_descriptor(path, os.O_RDWR | os.O_CREAT), "rb+", buffering=0)
+    except PermissionError:  # another user's: reading is enough
+        return open(open_descriptor(path, os.O_RDONLY), "rb", buffering=0)
 
 
 def _label(cell: Cell) -> str:
@@ -177,9 +218,7 @@ def _locked(job: _Job, cell: Cell) -> Iterator[bool]:
     An advisory lock on a file of the cell's own, which the operating system releases when its
     holder dies, however it dies.
     """
-    locks = job.results / ".locks"
-    locks.mkdir(exist_ok=True)
-    with open(locks / f"{job.suite}-{cell.key()}", "w") as file:
+    with _open_lock(_locks_folder(job.results) / f"{job.suite}-{cell.key()}") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -190,6 +229,15 @@ def _locked(job: _Job, cell: Cell) -> Iterator[bool]:
 
 def _run_one(job: _Job, cell: Cell, report: Callable[[int, int], None]) -> Result:
     """Run the cell, unless another command is running it or has finished it."""
+    try:
+        return _attempt(job, cell, report)
+    except RecordError as error:
+        return Failure(cell, str(error), users_mistake=True)
+    except OSError as error:
+        return Failure(cell, describe(error), users_mistake=True)
+
+
+def _attempt(job: _Job, cell: Cell, report: Callable[[int, int], None]) -> Result:
     # Imports torch and the agents, which the command line does not need.
     from scpo_bench.runs.harness import Attempt
 
@@ -198,6 +246,8 @@ def _run_one(job: _Job, cell: Cell, report: Callable[[int, int], None]) -> Resul
         if not ours:
             time.sleep(BUSY_WAIT_S)
             return "busy"
+        make_folder(job.results, folder)
+        check_run_folder(folder)
         if is_finished(folder, cell):
             return "finished"
         _set_aside(folder, cell)

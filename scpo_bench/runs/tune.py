@@ -20,6 +20,7 @@ from rich.console import Console
 from scpo_bench.configuration import Range, SearchSpace
 from scpo_bench.errors import UserError
 from scpo_bench.records.files import RecordError, file_name, read_run, read_updates
+from scpo_bench.records.plain_files import check_writable, make_folder
 from scpo_bench.records.schema import Cell, Update
 from scpo_bench.records.study import STUDY_FILE, Study, Trial, write_study
 from scpo_bench.runs.launch import run_cells
@@ -92,6 +93,7 @@ def tune_all(
     Studies go to output/TASK/AGENT. steps: per run, by default the cell's. Agents without a search
     space are named and left as they are.
     """
+    check_writable("--output", output)
     for cell in cells:
         place = f"{cell.agent} on {cell.task}"
 
@@ -104,6 +106,7 @@ def tune_all(
             continue
         cell = cell.model_copy(update={"steps": steps or cell.steps})
         folder = output / file_name(cell.task) / file_name(cell.agent)
+        make_folder(output, folder)
         study = tune(cell, trials, seeds, folder, jobs, console, say)
         say(f"best is {trial_line(study.best())}")
         say(f"study {folder / STUDY_FILE}; config {yaml_line(study)}")

@@ -5,17 +5,21 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import os
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from scpo_bench import __version__
+from scpo_bench.errors import UserError
 from scpo_bench.leaderboard.render import plain_rows
 from scpo_bench.leaderboard.tables import leaderboard, load
-from scpo_bench.records.files import RecordError, read_run, run_folders, write_atomically
+from scpo_bench.records.files import RecordError, read_run, run_folders
+from scpo_bench.records.plain_files import create, read_file, write_all, write_atomically
 from scpo_bench.records.schema import Cell, canonical
 from scpo_bench.submissions.contents import (
     MANIFEST_FILE,
+    MAX_BYTES,
     PACKED,
     RECORD_FILES,
     FileEntry,
@@ -30,12 +34,13 @@ def bundle(results: Path, suite: str, output: Path, planned: Sequence[Cell] = ()
 
     A bundle consists of the records and a manifest with their hashes, the planned cells and the
     leaderboard; no code, no pickles, no tracebacks. The same records give the same bytes. Raises
-    RecordError where there are no records, where one is not consistent, or where ``output`` exists.
+    RecordError where there are no records, where one is not consistent, or where ``output`` exists;
+    UserError where it cannot be written.
     """
     root = results / suite
     if not root.is_dir():
         raise RecordError(f"{root}: not found; run the suite first")
-    if output.exists():
+    if os.path.lexists(output):
         raise RecordError(f"{output}: exists already; name a new file or folder")
     if problems := verify(root).problems:
         raise RecordError(f"{root}: not consistent: {problems[0]}")
@@ -52,14 +57,23 @@ def bundle(results: Path, suite: str, output: Path, planned: Sequence[Cell] = ()
     )
     # The manifest comes first: a reader of the archive knows what follows.
     contents = {MANIFEST_FILE: canonical(manifest.model_dump(mode="json")) + b"\n", **contents}
+    try:
+        _write(output, contents, suite)
+    except OSError as error:
+        raise UserError(f"--output: cannot write '{output}' ({error.strerror})") from None
+    return output
+
+
+def _write(output: Path, contents: dict[str, bytes], suite: str) -> None:
     if output.name.endswith(PACKED):
         write_atomically(output, _archive(contents, suite))
-        return output
+        return
+    output.mkdir(parents=True)
     for name, data in contents.items():
         path = output / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    return output
+        with create(path) as file:
+            write_all(file, data)
 
 
 def _record_files(root: Path, suite: str) -> dict[str, bytes]:
@@ -73,7 +87,7 @@ def _record_files(root: Path, suite: str) -> dict[str, bytes]:
             if safe_parts(f"{suite}/{name}") is None:
                 raise RecordError(f"{path}: bundles cannot contain a file of this name")
             if path.is_file():
-                contents[name] = path.read_bytes()
+                contents[name] = read_file(path, MAX_BYTES[path.name])
     return contents
 
 

@@ -15,21 +15,27 @@ import stat
 import struct
 import tarfile
 import zlib
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from scpo_bench.errors import first_problem
 from scpo_bench.leaderboard.render import printable
 from scpo_bench.records.files import (
     CHECKPOINT_FILE,
     COMPRESSED_UPDATES_FILE,
+    LOCKS_FOLDER,
     MAX_LINE_BYTES,
     RUN_FILE,
+    TRACEBACK_FILE,
     UPDATES_FILE,
     RecordError,
+    check_amount,
+    read_model,
 )
+from scpo_bench.records.plain_files import open_to_read
 from scpo_bench.records.proof import PROOF_FILE
 from scpo_bench.records.schema import Cell
 from scpo_bench.records.study import STUDY_FILE
@@ -41,8 +47,7 @@ PACKED = (".tar.gz", ".tgz")
 # an unfinished run leaves, and the lock and temporary files of running processes.
 _GENERATED = (".md", ".html", ".csv", ".tex", ".png", ".svg", ".pdf", ".part")
 # proof.json and tuning.json are claims about records, which a bundle's reader cannot check.
-_LEFT_BY_RUNS = ("traceback.txt", CHECKPOINT_FILE, PROOF_FILE, STUDY_FILE)
-_LOCKS_FOLDER = ".locks"
+_LEFT_BY_RUNS = (TRACEBACK_FILE, CHECKPOINT_FILE, PROOF_FILE, STUDY_FILE)
 
 # What tarfile, gzip and zlib raise for damaged and hostile archives.
 _DAMAGE = (tarfile.TarError, zlib.error, struct.error, OSError, ValueError, EOFError)
@@ -50,15 +55,17 @@ _DAMAGE = (tarfile.TarError, zlib.error, struct.error, OSError, ValueError, EOFE
 # Limits of what is read at all. The updates of a run of 300 updates take about 300 kB, a large
 # suite about 20 MB compressed.
 MAX_FILES = 100_000
+MAX_MEMBERS = 10_000  # of an archive
 MAX_DEPTH = 12
 MAX_BYTES = {
     RUN_FILE: MAX_LINE_BYTES,
     UPDATES_FILE: 100_000_000,
     COMPRESSED_UPDATES_FILE: 100_000_000,
-    MANIFEST_FILE: 50_000_000,
+    MANIFEST_FILE: 20_000_000,
 }
 MAX_ARCHIVE_BYTES = 500_000_000
-MAX_ARCHIVE_EXPANDED_BYTES = 2_000_000_000
+MAX_ARCHIVE_EXPANDED_BYTES = 1_000_000_000
+MAX_HEADER_BYTES = 1_000_000  # between two files of an archive
 
 
 class Refused(RecordError):
@@ -91,10 +98,11 @@ class Manifest(BaseModel):
 
 
 def read_manifest(root: Path) -> Manifest:
+    """The manifest of a bundle. A RecordError names what is wrong with it."""
     try:
-        return Manifest.model_validate_json((root / MANIFEST_FILE).read_bytes())
-    except ValidationError as error:
-        raise RecordError(f"{MANIFEST_FILE}: {first_problem(error)}") from None
+        return read_model(root / MANIFEST_FILE, Manifest, MAX_BYTES[MANIFEST_FILE])
+    except FileNotFoundError:
+        raise RecordError(f"{root / MANIFEST_FILE}: not found") from None
 
 
 class Contents(NamedTuple):
@@ -113,6 +121,7 @@ def list_contents(root: Path) -> Contents:
 
     Links are not followed. In a bundle nothing but its records and its manifest is tolerated.
     """
+    check_amount(root)
     sealed = os.path.lexists(root / MANIFEST_FILE)
     found = Contents({}, [], [])
     entries_seen = itertools.count(1)
@@ -165,7 +174,7 @@ def _check_size(name: str, size: int) -> None:
 
 def _why_ignored(path: Path) -> str | None:
     """Why a file beside one's own records is ignored ("": not worth a note); None if it is not."""
-    if path.parent.name == _LOCKS_FOLDER:
+    if path.parent.name == LOCKS_FOLDER:
         return ""
     if path.name in RECORD_FILES:
         return "set aside"
@@ -177,35 +186,55 @@ def _why_ignored(path: Path) -> str | None:
 
 
 class _BoundedGzip(gzip.GzipFile):
-    """Raises Refused once too much was read.
+    """Raises Refused once too much was read, in all or since :meth:`expect`.
 
     Neither a compression bomb nor a huge header can fill the memory: tarfile reads small pieces.
     """
 
+    expected = MAX_HEADER_BYTES
+
+    def expect(self, size: int) -> None:
+        """A file of ``size`` bytes comes next, and then the header of another."""
+        self.expected = self.tell() + size + MAX_HEADER_BYTES
+
     def read(self, size: int | None = -1) -> bytes:
         data = super().read(size)
-        if self.tell() > MAX_ARCHIVE_EXPANDED_BYTES:
+        if self.tell() > min(self.expected, MAX_ARCHIVE_EXPANDED_BYTES):
             raise Refused("expands to more than any bundle contains")
         return data
 
 
 def unpack(archive: Path, target: Path) -> None:
-    """Write the files of a .tar.gz below ``target``; each name is checked. Raises Refused."""
+    """Write the files of a .tar.gz below ``target``. Raises Refused before anything is written."""
     if archive.stat().st_size > MAX_ARCHIVE_BYTES:
         raise Refused(f"{archive}: larger than {MAX_ARCHIVE_BYTES} bytes")
     try:
-        with (
-            _BoundedGzip(archive) as expanded,
-            tarfile.open(fileobj=expanded, mode="r|", errorlevel=0) as tar,
-        ):
-            for number, member in enumerate(tar):
-                if number >= MAX_FILES:
-                    raise Refused(f"more than {MAX_FILES} files")
-                _unpack_member(tar, member, target)
+        names = Counter(PurePosixPath(member.name) for member, _ in _members(archive))
+        for name in (name for name, times in names.items() if times > 1):
+            raise Refused(f"{printable(name, 120)!r} appears twice")
+        for member, source in _members(archive):
+            path = target / member.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "xb") as file:
+                shutil.copyfileobj(source, file)
     except Refused as refused:
         raise Refused(f"{archive}: {refused}") from None
     except (*_DAMAGE, RecursionError, OverflowError) as error:
         raise Refused(f"{archive}: not a readable .tar.gz ({printable(error, 120)})") from None
+
+
+def _members(archive: Path) -> Iterator[tuple[tarfile.TarInfo, IO[bytes]]]:
+    """The files of a .tar.gz, each checked. Raises Refused, and what is in ``_DAMAGE``."""
+    with (
+        open_to_read(archive, follow=True) as packed,
+        _BoundedGzip(fileobj=packed, mode="rb") as expanded,
+        tarfile.open(fileobj=expanded, mode="r|", errorlevel=0) as tar,
+    ):
+        for number, member in enumerate(tar):
+            if number >= MAX_MEMBERS:
+                raise Refused(f"more than {MAX_MEMBERS} files")
+            expanded.expect(member.size)
+            yield member, _checked(tar, member)
 
 
 def safe_parts(name: str) -> tuple[str, ...] | None:
@@ -218,7 +247,8 @@ def safe_parts(name: str) -> tuple[str, ...] | None:
     return parts if plain and 0 < len(parts) <= MAX_DEPTH else None
 
 
-def _unpack_member(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) -> None:
+def _checked(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
+    """The content of a file of an archive. Raises Refused for what must not be in a bundle."""
     shown = repr(printable(member.name, 120))
     parts = safe_parts(member.name)
     if parts is None:
@@ -229,8 +259,4 @@ def _unpack_member(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path) 
     if parts[-1] not in MAX_BYTES:
         raise Refused(f"{shown} is not part of a record")
     _check_size(member.name, member.size)
-    path = target.joinpath(*parts)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # "x": a second member of the same name must not replace the first.
-    with open(path, "xb") as file:
-        shutil.copyfileobj(source, file)
+    return source

@@ -10,7 +10,6 @@ afterwards; only a re-run shows that its runs took place.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import math
 import os
@@ -26,12 +25,15 @@ from scpo_bench.leaderboard.tables import leaderboard, load
 from scpo_bench.records.consistency import check_bounds, check_record
 from scpo_bench.records.files import (
     COMPRESSED_UPDATES_FILE,
+    MAX_LINE_BYTES,
     RUN_FILE,
     UPDATES_FILE,
     RecordError,
+    open_updates,
     read_run,
     read_updates,
 )
+from scpo_bench.records.plain_files import open_to_read
 from scpo_bench.records.schema import Run, Update, canonical
 from scpo_bench.submissions.contents import (
     MANIFEST_FILE,
@@ -197,9 +199,9 @@ def _check_record(folder: Path, run: Run) -> Iterator[Finding]:
 
 def _check_lines(path: Path, run: Run, updates: list[Update]) -> Iterator[Finding]:
     """The stored lines are those that this package writes, and nothing follows them."""
-    with (gzip.open if path.name == COMPRESSED_UPDATES_FILE else open)(path, "rb") as file:
+    with open_updates(path) as file:
         for update in updates:
-            if file.readline() != canonical(update.model_dump(mode="json")) + b"\n":
+            if file.readline(MAX_LINE_BYTES) != canonical(update.model_dump(mode="json")) + b"\n":
                 form = "repeated or reordered fields, spaces, number formats"
                 yield Finding(f"update {update.update}: not as this package writes it ({form})")
                 return
@@ -230,7 +232,7 @@ def _check_hashes(root: Path, files: dict[str, int], manifest: Manifest) -> Iter
         elif files[name] != entry.bytes:
             yield Finding(f"{name}: {files[name]} bytes, {entry.bytes} in the manifest")
         else:
-            with open(root / name, "rb") as file:
+            with open_to_read(root / name) as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
                     yield Finding(f"{name}: its hash is not the one in the manifest")
 

@@ -26,13 +26,16 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from scpo_bench.errors import UserError, at, nearest, printable
+from scpo_bench.records.consistency import MAX_NAME
+from scpo_bench.records.files import check_suite_name
+from scpo_bench.records.plain_files import open_to_read
 from scpo_bench.records.schema import canonical
 from scpo_bench.suites.registry import agent_spec, task_spec
 
 PACKAGED_FILE = Path(__file__).with_name("benchmarks.yaml")
 # Bounds on what a file may ask for, far above any real one: a slip, or a hostile file, ends in one
 # line of text instead of filling the memory.
-MAX_FILE_BYTES = 1_000_000
+MAX_FILE_BYTES = 500_000
 MAX_VALUES = 100_000  # with every YAML alias, default and extended suite written out
 MAX_CELLS = 100_000
 
@@ -44,6 +47,12 @@ def _unknown(problem: object) -> PydanticCustomError:
     return PydanticCustomError("unknown", "{problem}", {"problem": str(problem)})
 
 
+def _name(name: str) -> str:
+    if not (0 < len(name) <= MAX_NAME and name.isprintable()):
+        raise _unknown(f"expected 1 to {MAX_NAME} printable characters, got {name[:40]!r}")
+    return name
+
+
 def _agent(name: str) -> str:
     try:
         agent_spec(name)
@@ -52,7 +61,7 @@ def _agent(name: str) -> str:
     return name
 
 
-AgentName = Annotated[str, AfterValidator(_agent)]
+AgentName = Annotated[str, AfterValidator(_name), AfterValidator(_agent)]
 
 
 class _Strict(BaseModel):
@@ -103,7 +112,7 @@ _SETTINGS = frozenset(Settings.model_fields)
 class TaskEntry(Settings):
     """One task of a suite. In a loaded suite every setting is filled in."""
 
-    id: str
+    id: Annotated[str, AfterValidator(_name)]
     extends: str | None = None
 
 
@@ -186,6 +195,9 @@ def _parse(content: bytes) -> Any:
         return loader.construct_document(node)
     except UserError:
         raise
+    except yaml.MarkedYAMLError as error:  # its text also shows what is in the file
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise UserError(f"not valid YAML ({line}{error.problem})") from None
     except Exception as error:  # PyYAML's constructors let through whatever goes wrong in them
         raise UserError(f"not valid YAML ({str(error)[:200]})") from None
     finally:
@@ -205,7 +217,7 @@ def load_benchmarks(path: Path) -> Benchmarks:
     A UserError names the file, the field, what was expected and the nearest valid choice.
     """
     try:
-        with open(path, "rb") as file:
+        with open_to_read(path, follow=True) as file:
             content = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
@@ -239,6 +251,7 @@ def _resolve(file: _File) -> dict[str, Suite]:
     for_task: dict[str | None, dict[str, Values]] = {None: {}}
     size = 0
     for name, suite in file.suites.items():
+        check_suite_name("suites", name)
         where, base = f"suites.{name}", suite.extends
         if base not in for_all:
             hint = nearest(str(base), suites)
