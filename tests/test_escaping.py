@@ -37,6 +37,7 @@ hostile = st.lists(st.sampled_from(PIECES) | st.characters(), max_size=8).map(""
 
 
 @given(hostile)
+@example("a\u3164\ufe0f\u2800")
 def test_printable_text_hides_nothing(text):
     """One line, no character that steers a terminal, reorders what follows it, or is not seen."""
     shown = printable(text)
@@ -115,6 +116,7 @@ def test_ordinary_names_and_numbers_stay_as_they_are():
     """The tables in README.md must stay readable as text."""
     for text in ("scpo-ppo", "-3.25 → -1", "1.5", "3/5", "–", "safe throughout †", "50%", "a: b"):
         assert markdown(text) == text
+    assert markdown("$x$ [1]") == r"\$x\$ \[1\]"  # GitHub would typeset the first
 
 
 # LaTeX.
@@ -152,6 +154,7 @@ def test_latex_by_hand():
 
 @given(hostile)
 @example(" ＝1+1")
+@example("−1")
 @example("'\"\u200b=cmd()")
 def test_no_csv_cell_is_a_formula(text):
     """Spreadsheets run what begins like one, full-width or behind spaces, quotes, invisibles."""

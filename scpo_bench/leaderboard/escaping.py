@@ -98,10 +98,7 @@ def shell_command(words: Sequence[str], options: Mapping[str, str]) -> str:
 
     No text becomes a second command or, where it begins with a hyphen, an option.
     """
-    given: list[str] = []
-    for name, value in options.items():
-        value = printable(value)
-        given += [f"--{name}={value}"] if value.startswith("-") else [f"--{name}", value]
+    given = [text for name, value in options.items() for text in (f"--{name}", printable(value))]
     command, *arguments = map(printable, words)
     if any(argument.startswith("-") for argument in arguments):
         return shlex.join(["scpo-bench", command, *given, "--", *arguments])
