@@ -117,7 +117,12 @@ def _set_aside(folder: Path, cell: Cell) -> None:
     with contextlib.suppress(RecordError):
         run = read_run(folder)
         if run.status == "finished" and run.key != cell.key():
-            folder.rename(folder.with_name(f"{folder.name}~{run.key[:12]}"))
+            aside = folder.with_name(f"{folder.name}~{run.key[:12]}")
+            again = 2
+            while aside.exists():  # the cell was changed, changed back, and changed again
+                aside = folder.with_name(f"{folder.name}~{run.key[:12]}~{again}")
+                again += 1
+            folder.rename(aside)
 
 
 def _check_writable(results: Path) -> None:

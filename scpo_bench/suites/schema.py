@@ -27,7 +27,7 @@ from pydantic_core import PydanticCustomError
 
 from scpo_bench.errors import UserError, at, nearest, printable
 from scpo_bench.records.schema import canonical
-from scpo_bench.suites.registry import agent_spec, task_spec
+from scpo_bench.suites.registry import agent_name, agent_spec, task_spec
 
 PACKAGED_FILE = Path(__file__).with_name("benchmarks.yaml")
 # Bounds on what a file may ask for, far above any real one: a slip, or a hostile file, ends in one
@@ -47,9 +47,9 @@ def _unknown(problem: object) -> PydanticCustomError:
 def _agent(name: str) -> str:
     try:
         agent_spec(name)
+        return agent_name(name)
     except UserError as error:
         raise _unknown(error) from None
-    return name
 
 
 AgentName = Annotated[str, AfterValidator(_agent)]
