@@ -239,6 +239,7 @@ def test_cell_status_and_length_are_compared(tmp_path):
 def test_the_digest_is_compared(tmp_path):
     """Equal lines under another digest: one of the two records is not what it claims to be."""
     assert compared(tmp_path, UPDATES, digest="0" * 64)[0].startswith("digest: ")
+    assert tier_of(tmp_path / "cpu", UPDATES, digest="0" * 64) is Tier.DIFFERENT
 
 
 def test_damaged_records_are_not_compared(tmp_path):

@@ -173,8 +173,8 @@ def _beyond_tolerance(
 
 
 def _close(a: Any, b: Any) -> bool:
-    if a is None or b is None or isinstance(a, bool) or isinstance(b, bool):
-        return bool(a == b)
+    if a is None or b is None:
+        return a is b
     return math.isclose(a, b, rel_tol=RELATIVE_TOLERANCE, abs_tol=ABSOLUTE_TOLERANCE)
 
 

@@ -72,10 +72,10 @@ def cells(
 
 
 def _named(agents: Iterable[str]) -> list[str]:
-    """The agents under their own names, each once. UserError for one that is none."""
+    """The agents under their own names. UserError for one that is none."""
     for agent in agents:
         agent_spec(agent)
-    return list(dict.fromkeys(map(agent_name, agents)))
+    return list(map(agent_name, agents))
 
 
 def _cell(entry: TaskEntry, agent: str, source: str | None, seed: int) -> Cell:
