@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from synthetic_records import (
+    GOAL,
     IMITATION,
     REGRESSION,
     folder_of,
@@ -310,6 +311,15 @@ def test_the_first_updates_must_agree_on_every_number(tmp_path):
         far[i] = near(update, return_mean=(update.return_mean or 1.0) * 1.01)
         expected = Tier.DIFFERENT if i <= 2 else Tier.TOLERANCE
         assert tier_of(tmp_path / str(i), far) is expected
+    cell = synthetic_cell("cpo", GOAL, 0, 5)
+    updates = synthetic_updates(cell, 5)
+    a = write_record(tmp_path / "goal", "s", cell, updates)
+    for i, expected in ((0, Tier.DIFFERENT), (1, Tier.TOLERANCE)):  # episodes are chaotic, too
+        far = list(map(near, updates))
+        far[i] = near(updates[i], cost_sum=updates[i].cost_sum + 7)
+        place = tmp_path / f"goal-{i}"
+        b = write_record(place, "s", cell, far, provenance=OTHER_CPU)
+        assert compare_folders(a, b).tier is expected
     own = [near(update, diagnostics={"loss": 9.0}) for update in UPDATES]
     assert tier_of(tmp_path / "own", own) is Tier.TOLERANCE
 
