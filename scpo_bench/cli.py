@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
-from scpo_bench.errors import UserError, nearest
+from scpo_bench.errors import UserError, nearest, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -85,11 +85,13 @@ def _planned(benchmarks: Benchmarks, suite: str) -> list[Cell] | None:
 @app.command("list")
 def list_(what: Annotated[Listing, Argument()], file: FileOption = None) -> None:
     """List what can be run: tasks, agents or suites."""
+    from rich.markup import escape
+
     from scpo_bench.suites import listing
 
     known = {Listing.tasks: listing.tasks, Listing.agents: listing.agents}
     header, *rows = known[what]() if what in known else listing.suites(_benchmarks(file))
-    _print_table(header, rows)
+    _print_table(header, [[escape(printable(text)) for text in row] for row in rows])
 
 
 @app.command()
@@ -139,7 +141,7 @@ def _run(todo: list[Cell], suite: str, results: Path, jobs: int, workers: int = 
         outcome = run_cells(todo, suite, results, jobs, console, workers)
     counts = f"{outcome.finished} run, {outcome.skipped} already there"
     summary = f"{counts}, {len(outcome.failed)} failed; records in {results / suite}"
-    console.print(summary, highlight=False)
+    console.print(summary, highlight=False, markup=False)
     if outcome.failed:
         raise typer.Exit(2 if all(failure.users_mistake for failure in outcome.failed) else 1)
 

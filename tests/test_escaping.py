@@ -14,6 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from typer.testing import CliRunner
 
 from scpo_bench.cli import app
 from scpo_bench.errors import UserError, printable
@@ -52,6 +53,18 @@ def test_printable_text_hides_nothing(text):
 def test_messages_are_printable():
     """A name from a file reaches the terminal in an error message, too."""
     assert str(UserError("unknown agent 'a\u202eb\x1b[2J\u200b'")) == "unknown agent 'a�b�[2J�'"
+
+
+def test_a_list_of_suites_shows_their_names(tmp_path, monkeypatch):
+    """A suites file of somebody else styles no terminal, neither by codes nor by Rich's markup."""
+    (tmp_path / "benchmarks.yaml").write_text(
+        "version: 1\nsuites:\n  '[red]s':\n    description: \"a\\e[31m[bold]b\"\n"
+        "    agents: [ppo]\n    steps: 10\n    seeds: 1\n    tasks: [SafetyPointGoal1-v0]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    shown = CliRunner().invoke(app, ["list", "suites"]).output
+    assert "[red]s" in shown
+    assert "a�[31m[bold]b" in shown
 
 
 # Markdown.
@@ -159,7 +172,7 @@ def test_latex_by_hand():
 def test_no_csv_cell_is_a_formula(text):
     """Spreadsheets run what begins like one, full-width or behind spaces, quotes, invisibles."""
     cell = csv(text)
-    first = cell.lstrip(" \"‘’“”`\ufffd\t\r\n")[:1]
+    first = cell.lstrip(' "‘’“”`\ufffd\t\r\n')[:1]
     assert unicodedata.normalize("NFKC", first) not in ("=", "+", "-", "@", "\u2212")
     assert cell in (printable(text), f"'{printable(text)}")
     file = io.StringIO()
