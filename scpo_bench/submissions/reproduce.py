@@ -9,7 +9,13 @@ from pathlib import Path
 
 from scpo_bench.errors import printable
 from scpo_bench.records.consistency import check_bounds
-from scpo_bench.records.files import RecordError, read_run, read_updates, run_folders
+from scpo_bench.records.files import (
+    RecordError,
+    read_run,
+    read_updates,
+    run_folders,
+    updates_file,
+)
 from scpo_bench.records.schema import Cell, Run, Update
 from scpo_bench.runs.harness import run_cell
 from scpo_bench.runs.trust import check_trust
@@ -52,7 +58,7 @@ def compare_folders(recorded: Path, rerun: Path, setup: list[Path] | None = None
 
     setup: folders of all recorded seeds of the cell.
     """
-    one, other = _read(recorded), _read(rerun)
+    one, other = _read(recorded), _read(rerun, may_have_failed=True)
     comparison = compare(one, other)
     if comparison.tier is Tier.DIFFERENT and setup:
         ends = Ends.of([_read(path)[1] for path in setup])
@@ -86,8 +92,10 @@ def _runnable(cell: Cell) -> Cell:
     return cell.model_copy(update={"agent_source": agent_source(cell.agent)})
 
 
-def _read(folder: Path) -> tuple[Run, list[Update]]:
-    run, updates = read_run(folder), read_updates(folder)
+def _read(folder: Path, may_have_failed: bool = False) -> tuple[Run, list[Update]]:
+    run = read_run(folder)
+    without = may_have_failed and not updates_file(folder).exists()
+    updates = [] if without else read_updates(folder)
     if reason := check_bounds(run, updates):
         raise RecordError(f"{folder}: {reason}")
     return run, updates
