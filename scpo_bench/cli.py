@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 from typer import Argument, Option
 
-from scpo_bench.errors import UserError, describe, nearest
+from scpo_bench.errors import UserError, describe, nearest, printable
 from scpo_bench.processes import open_streams
 
 if TYPE_CHECKING:
@@ -40,6 +40,10 @@ FileOption = Annotated[
     Option("--file", help="Suites file [default: ./benchmarks.yaml, else the packaged one]."),
 ]
 JobsOption = Annotated[int, Option("--jobs", "-j", min=1, help="Runs at a time, in processes.")]
+
+TrustOption = Annotated[
+    bool, Option("--trust-code", help="Run agents and tasks of others that a record names.")
+]
 
 Listing = enum.StrEnum("Listing", ["tasks", "agents", "suites"])
 TableFormat = enum.StrEnum("TableFormat", ["table", "md", "latex", "csv", "json", "html"])
@@ -95,11 +99,13 @@ def _planned(benchmarks: Benchmarks, suite: str) -> list[Cell] | None:
 @app.command("list")
 def list_(what: Annotated[Listing, Argument()], file: FileOption = None) -> None:
     """List what can be run: tasks, agents or suites."""
+    from rich.markup import escape
+
     from scpo_bench.suites import listing
 
     known = {Listing.tasks: listing.tasks, Listing.agents: listing.agents}
     header, *rows = known[what]() if what in known else listing.suites(_benchmarks(file))
-    _print_table(header, rows)
+    _print_table(header, [[escape(printable(text)) for text in row] for row in rows])
 
 
 @app.command()
@@ -137,16 +143,19 @@ def _resumable() -> Iterator[None]:
 
 def _run(todo: list[Cell], suite: str, results: Path, jobs: int, workers: int = 1) -> None:
     from scpo_bench.runs.launch import run_cells
+    from scpo_bench.suites.cells import changed_agents
     from scpo_bench.suites.registry import load_agent
 
     console = _console()
+    for line in changed_agents(todo, suite, results):
+        typer.echo(line)
     for name in dict.fromkeys(cell.agent for cell in todo if ":" in cell.agent):
         load_agent(name)  # a mistyped module:Class is one error now, not one per run
     with _resumable():
         outcome = run_cells(todo, suite, results, jobs, console, workers)
     counts = f"{outcome.finished} run, {outcome.skipped} already there"
     summary = f"{counts}, {len(outcome.failed)} failed; records in {results / suite}"
-    console.print(summary, highlight=False)
+    console.print(summary, highlight=False, markup=False)
     if outcome.failed:
         raise typer.Exit(2 if all(failure.users_mistake for failure in outcome.failed) else 1)
 
@@ -284,10 +293,14 @@ def plot(
 @app.command()
 def verify(
     folder: Annotated[Path, Argument(help="A results folder, a run folder or a .tar.gz bundle.")],
-    rerun: Annotated[bool, Option("--rerun", help="Run again; runs the agents' code.")] = False,
+    rerun: Annotated[bool, Option("--rerun", help="Run again, and compare.")] = False,
     sample: Annotated[int | None, Option(min=1, help="Rerun only this many, at random.")] = None,
+    trust_code: TrustOption = False,
 ) -> None:
-    """Check records: schema, digests, every aggregate; with --rerun, their reproducibility."""
+    """Check records: schema, digests, every aggregate; with --rerun, their reproducibility.
+
+    Exit status 1: not consistent, or a re-run differs.
+    """
     from scpo_bench.submissions import verify as verification
 
     report = verification.verify(folder)
@@ -296,14 +309,16 @@ def verify(
         raise typer.Exit(1)
     if not rerun:
         return
-    from scpo_bench.submissions.reproduce import reproduce
+    from scpo_bench.submissions.reproduce import lines, reproduce
+    from scpo_bench.submissions.tiers import Tier
 
-    differing = 0
-    for run_folder, differences in reproduce(folder, sample):
-        differing += bool(differences)
-        typer.echo(f"{run_folder}: {'; '.join(differences[:3]) or 'reproduced exactly'}")
-    tier = f"consistent ({differing} runs differ)" if differing else "reproduced-exact"
-    typer.echo(f"tier: {tier}")
+    found: list[Tier] = []
+    for run_folder, comparison in reproduce(folder, sample, trust_code, typer.echo):
+        typer.echo("\n".join(lines(run_folder, comparison)))
+        found.append(comparison.tier)
+    differing = found.count(Tier.DIFFERENT)
+    worst = max(found, key=list(Tier).index)
+    typer.echo(f"tier: {f'consistent ({differing} runs differ)' if differing else worst}")
     if differing:
         raise typer.Exit(1)
 
@@ -387,6 +402,7 @@ def falsify(
 @app.command()
 def prove(
     run: Annotated[Path, Argument(help="A run's folder: results/SUITE/TASK/AGENT/seed-N.")],
+    trust_code: TrustOption = False,
 ) -> None:
     """Prove every policy of a run safe from every start state, or find one that is not.
 
@@ -394,9 +410,12 @@ def prove(
     """
     from rich.progress import Progress
 
+    from scpo_bench.records.files import read_run
     from scpo_bench.records.proof import proof_lines, write_proof
     from scpo_bench.runs.prove import prove_run
+    from scpo_bench.runs.trust import check_trust
 
+    check_trust([read_run(run).cell], trust_code, typer.echo)
     with Progress(transient=True, disable=not sys.stderr.isatty()) as bar:
         proof = prove_run(run, bar)
     write_proof(run, proof)

@@ -13,13 +13,23 @@ if TYPE_CHECKING:
 MAX_MESSAGE = 600
 
 
-def printable(text: object, limit: int = MAX_MESSAGE) -> str:
-    """``text`` on one line without control characters, shortened to ``limit`` characters.
+# Characters without a shape of their own that Python calls printable: fillers, joiners, selectors.
+_INVISIBLE = frozenset(
+    map(chr, (0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2800, 0x3164, 0xFFA0))
+) | frozenset(map(chr, (*range(0x180B, 0x1810), *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0))))
 
-    Text from someone else's file must not control a terminal or break a row of a table.
+
+def printable(text: object, limit: int = MAX_MESSAGE) -> str:
+    """``text`` on one line, shortened to ``limit`` characters, with nothing hidden in it.
+
+    Text from someone else's file must not control a terminal, break a row of a table, or look like
+    another text: control, format (bidirectional, zero-width) and invisible characters are replaced.
     """
     full = str(text)
-    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in full[:limit])
+    shown = "".join(
+        c if c.isprintable() and c not in _INVISIBLE else "\N{REPLACEMENT CHARACTER}"
+        for c in full[:limit]
+    )
     return shown + "..." * (len(full) > limit)
 
 

@@ -24,12 +24,12 @@ from synthetic_records import (
     write_record,
 )
 
-from scpo_bench.errors import UserError
+from scpo_bench.errors import UserError, printable
 from scpo_bench.leaderboard.columns import COLUMNS, cell_text, command_of, shown
 from scpo_bench.leaderboard.readme import column_table, current
 from scpo_bench.leaderboard.render import print_table, render, tasks
 from scpo_bench.leaderboard.tables import leaderboard, load
-from scpo_bench.leaderboard.text import count, interval, number, percent, printable
+from scpo_bench.leaderboard.text import count, interval, number, percent
 
 NAMES = [column.name for column in COLUMNS]
 FORMATS = ("md", "latex", "csv", "json")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from scpo_bench.errors import printable
 from scpo_bench.leaderboard.statistics import (
     UNKNOWN,
     Estimate,
@@ -17,7 +18,7 @@ from scpo_bench.leaderboard.statistics import (
     probability_of_improvement,
     wilson,
 )
-from scpo_bench.leaderboard.text import interval, percent, printable
+from scpo_bench.leaderboard.text import interval, percent
 
 PROFILE_THRESHOLDS = tuple(float(t) for t in np.round(np.linspace(-0.5, 1.2, 171), 4))
 

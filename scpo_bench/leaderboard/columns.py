@@ -8,14 +8,14 @@ entries; the text of a cell comes from :func:`cell_text` alone.
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
 
-from scpo_bench.leaderboard import cells
+from scpo_bench.errors import printable
+from scpo_bench.leaderboard import cells, escaping
 from scpo_bench.leaderboard.cells import Row
 from scpo_bench.leaderboard.ranking import VERDICTS, verdict_of
 from scpo_bench.leaderboard.statistics import (
@@ -25,7 +25,7 @@ from scpo_bench.leaderboard.statistics import (
     mean_interval,
     wilson,
 )
-from scpo_bench.leaderboard.text import count, number, printable, share
+from scpo_bench.leaderboard.text import count, number, share
 
 
 class Group:
@@ -188,10 +188,10 @@ def _verification(group: Group) -> str:
 def command_of(suite: str, agent: str, task: str, seeds: int, steps: int) -> str:
     """The command that runs these cells again, quoted for a shell."""
     if suite.startswith("compare-"):
-        words = ["compare", agent, "--task", task, "--seeds", str(seeds), "--steps", str(steps)]
-    else:
-        words = ["run", suite, "--agents", agent, "--tasks", task, "--seeds", str(seeds)]
-    return shlex.join(["scpo-bench", *words])
+        options = {"task": task, "seeds": str(seeds), "steps": str(steps)}
+        return escaping.shell_command(["compare", agent], options)
+    options = {"agents": agent, "tasks": task, "seeds": str(seeds)}
+    return escaping.shell_command(["run", suite], options)
 
 
 def _command(group: Group) -> str:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from scpo_bench.contract import Floats
+from scpo_bench.errors import printable
 from scpo_bench.leaderboard.aggregate import Aggregate, profile_range
 from scpo_bench.leaderboard.columns import Row
 from scpo_bench.leaderboard.curves import RunCurves, band, robust_range, share, stack
@@ -24,7 +25,6 @@ from scpo_bench.leaderboard.references import load_references
 from scpo_bench.leaderboard.render import tasks
 from scpo_bench.leaderboard.styles import BREACH, REFERENCE, Style, Styles, agent_styles
 from scpo_bench.leaderboard.tables import Record, leaderboard, load, reference_of
-from scpo_bench.leaderboard.text import printable
 from scpo_bench.records.schema import Cell
 
 MAX_POINTS = 400

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scpo_bench.errors import UserError, nearest
+from scpo_bench.leaderboard.escaping import figure_text
 from scpo_bench.leaderboard.figures import Figure, Panel, Series, suite_figures
 from scpo_bench.leaderboard.styles import BREACH, REFERENCE
 from scpo_bench.records.plain_files import write_atomically
@@ -39,7 +40,9 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "scpo-bench",
     "svg.fonttype": "none",
     "pdf.fonttype": 42,
+    # Names come from records: they are shown, not typeset.
     "text.parse_math": False,
+    "text.usetex": False,
 }
 
 
@@ -104,7 +107,7 @@ def draw(figure: Figure) -> Canvas:
         draw_panel(axes, panel)
     for axes in grid[len(figure.panels) :]:
         axes.set_visible(False)
-    canvas.suptitle(figure.title, x=0.01, ha="left", fontsize=10.5, fontweight="bold")
+    canvas.suptitle(figure_text(figure.title), x=0.01, ha="left", fontsize=10.5, fontweight="bold")
     handles = {
         str(label): handle
         for axes in grid
@@ -147,7 +150,7 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
         axes.axhline(value, color=color, linewidth=1.1, linestyle=dashes, zorder=2)
         axes.annotate(name, (1.0, value), color=color, va="center", fontsize=8, **place)
     axes.set(ylim=(low, high), xlim=panel.x_bounds, ylabel=panel.y_label, xlabel=panel.x_label)
-    axes.set_title(panel.title, loc="left")
+    axes.set_title(figure_text(panel.title), loc="left")
     if panel.note:
         # Below the upper edge that it speaks of: beside a long title there is no room.
         inside: dict[str, Any] = {"transform": axes.transAxes, "ha": "right", "va": "top"}
@@ -156,7 +159,11 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
 
 
 def _draw_series(axes: Axes, series: Series, zorder: float) -> None:
-    given: dict[str, Any] = {"label": series.name, "color": series.style.color, "zorder": zorder}
+    given: dict[str, Any] = {
+        "label": figure_text(series.name),
+        "color": series.style.color,
+        "zorder": zorder,
+    }
     if series.kind == "points":
         given |= {"linestyle": "", "marker": "o", "markersize": 7}
         if series.style == BREACH:

@@ -4,14 +4,14 @@ Terminal, Markdown and LaTeX show one table per task, with the columns that have
 of aggregates per suite. CSV and JSON hold the raw value of every column, and beside them the text
 of the cells that tables show: in CSV as columns ``NAME_text``, in JSON under ``text`` of each row.
 There, what was not measured is empty or null, and a time that was not reached is "never". Names and
-messages come from records, which are untrusted: every format has one function that escapes them.
+messages come from records, which are untrusted: :mod:`scpo_bench.leaderboard.escaping` has one
+function per format.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,12 +22,13 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from scpo_bench.errors import UserError, nearest
+from scpo_bench.errors import UserError, nearest, printable
+from scpo_bench.leaderboard import escaping
 from scpo_bench.leaderboard.aggregate import aggregate_cells
 from scpo_bench.leaderboard.columns import COLUMNS, Row, cell_text, shown
 from scpo_bench.leaderboard.ranking import VERDICTS
 from scpo_bench.leaderboard.statistics import PRELIMINARY_BELOW
-from scpo_bench.leaderboard.text import count, number, printable
+from scpo_bench.leaderboard.text import count, number
 
 _STYLES = dict(zip(VERDICTS, ("green", "yellow", "yellow", "red", "dim")))
 
@@ -150,59 +151,38 @@ def print_table(table: pd.DataFrame, console: Console, title: str = "") -> None:
 # Markdown and LaTeX.
 
 
-def _markdown_text(text: str) -> str:
-    """Text that Markdown and the HTML in it leave alone."""
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return "".join(f"\\{c}" if c in "\\`*_[]|#~!" else c for c in text.replace("\n", " "))
-
-
 def markdown_table(headings: list[str], left: list[bool], cells: list[list[str]]) -> list[str]:
     """The lines of a Markdown table."""
-    lines = [f"| {' | '.join(map(_markdown_text, row))} |" for row in (headings, *cells)]
+    lines = [f"| {' | '.join(map(escaping.markdown, row))} |" for row in (headings, *cells)]
     return [lines[0], "|" + "|".join(":---" if one else "---:" for one in left) + "|", *lines[1:]]
 
 
 def _markdown(table: pd.DataFrame, title: str) -> str:
-    lines = [f"## {_markdown_text(printable(title))}", ""] if title else []
+    lines = [f"## {escaping.markdown(title)}", ""] if title else []
     for section in sections(table, title):
-        lines += [f"### {_markdown_text(section.title)}", ""]
+        lines += [f"### {escaping.markdown(section.title)}", ""]
         if section.caption:
-            lines += [f"{_markdown_text(section.caption.capitalize())}.", ""]
+            lines += [f"{escaping.markdown(section.caption.capitalize())}.", ""]
         lines += [*markdown_table(section.headings, section.left, section.cells), ""]
-    lines += [f"- {_markdown_text(note)}" for note in notes(table)]
+    lines += [f"- {escaping.markdown(note)}" for note in notes(table)]
     return "\n".join(lines).rstrip() + "\n"
-
-
-_LATEX = {
-    **{c: f"\\{c}" for c in "&%$#_{}"},
-    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
-    **{"<": r"\textless{}", ">": r"\textgreater{}", "[": "{[}", "]": "{]}"},
-    **{"→": r"$\to$", "–": "--", "†": r"\textdagger{}"},
-}
-
-
-def _latex_text(text: str) -> str:
-    """Escaped; a hyphen before a number, not within a word, becomes a minus sign."""
-    lines = ["".join(_LATEX.get(c, c) for c in line) for line in text.split("\n")]
-    lines = [re.sub(r"(?<![\w-])-(?=\d)", "$-$", line) for line in lines]
-    return lines[0] if len(lines) == 1 else r"\shortstack{" + r" \\ ".join(lines) + "}"
 
 
 def _latex(table: pd.DataFrame, title: str) -> str:
     """Tables for ``booktabs``; notes as comments, since what to say of them is up to the paper."""
 
     def line(cells: Sequence[str]) -> str:
-        return " & ".join(map(_latex_text, cells)) + r" \\"
+        return " & ".join(map(escaping.latex, cells)) + r" \\"
 
     lines = ["% needs \\usepackage{booktabs}"]
     for section in sections(table):
         caption = f"{section.title} ({section.caption})" if section.caption else section.title
         columns = "".join("l" if left else "r" for left in section.left)
-        lines += [r"\begin{table}", r"\centering", rf"\caption{{{_latex_text(caption)}.}}"]
+        lines += [r"\begin{table}", r"\centering", rf"\caption{{{escaping.latex(caption)}.}}"]
         lines += [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", line(section.headings)]
         lines += [r"\midrule", *map(line, section.cells)]
         lines += [r"\bottomrule", r"\end{tabular}", r"\end{table}"]
-    lines += [f"% {note}" for note in notes(table)]
+    lines += [escaping.latex_comment(note) for note in notes(table)]
     return "\n".join(lines) + "\n"
 
 
@@ -230,12 +210,6 @@ def _texts(row: Row) -> dict[str, str]:
     return {column.name: cell_text(column, row) for column in COLUMNS if column.heading}
 
 
-def _csv_text(text: str) -> str:
-    # A spreadsheet would run a text that begins like a formula.
-    text = printable(text)
-    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
-
-
 def _csv(table: pd.DataFrame, title: str) -> str:
     names = [c.name for c in COLUMNS] + [f"{c.name}_text" for c in COLUMNS if c.heading]
     # Only these can hold text from a record. Numbers may begin with a minus sign.
@@ -243,7 +217,7 @@ def _csv(table: pd.DataFrame, title: str) -> str:
     rows = []
     for raw, row in zip(plain_rows(table), _rows(table)):
         cells = raw | {f"{name}_text": text for name, text in _texts(row).items()}
-        rows.append({n: _csv_text(cells[n]) if n in escaped else cells[n] for n in names})
+        rows.append({n: escaping.csv(cells[n]) if n in escaped else cells[n] for n in names})
     return str(pd.DataFrame(rows, columns=names, dtype=object).to_csv(index=False))
 
 

@@ -1,6 +1,6 @@
 """How numbers and names read in a leaderboard: the only place where they become text.
 
-The text is plain Unicode. What a format must escape is the business of that format.
+The text is plain Unicode; :mod:`scpo_bench.leaderboard.escaping` fits it to a format.
 """
 
 from __future__ import annotations
@@ -10,17 +10,6 @@ from collections.abc import Callable
 
 UNKNOWN = "–"
 """Not measured."""
-
-
-def printable(text: object, limit: int = 600) -> str:
-    """``text`` on one line, cut to ``limit`` characters and without control characters.
-
-    Text from a record must neither steer a terminal nor break a row.
-    """
-    shown = "".join(
-        c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text)[:limit]
-    )
-    return shown + "..." * (len(str(text)) > limit)
 
 
 def number(value: float) -> str:

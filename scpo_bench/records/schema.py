@@ -12,7 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field
 SCHEMA_VERSION = 1
 # Fields that cells got after the first records: at these values they are left out of the key, so
 # that those records keep theirs.
-_ADDED_FIELDS = {"margin": 0.0, "budget": "interaction", "evaluation_starts": "held-out"}
+_ADDED_FIELDS = {
+    **{"margin": 0.0, "budget": "interaction", "evaluation_starts": "held-out"},
+    "agent_source": None,
+}
 TIMING_FIELDS = frozenset({"wall_time_s", "steps_per_s"})
 
 
@@ -37,7 +40,9 @@ class Cell(_Strict):
     """
 
     agent: str
-    """Name in the registry, or module:Class."""
+    """Name in the registry, module:Class, or file.py:Class."""
+    agent_source: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    """SHA-256 of the file that defines an agent which is not this package's."""
     task: str
     """Gymnasium id."""
     seed: int = Field(ge=0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import inspect
 from pathlib import Path
 from typing import Any
@@ -18,15 +17,21 @@ from scpo_bench.contract import Agent, task_of
 from scpo_bench.errors import UserError
 from scpo_bench.policies import AffineBackup, BackupActorCriticPolicy, backup_of
 from scpo_bench.records.schema import Cell
-from scpo_bench.suites.registry import load_agent
+from scpo_bench.suites.registry import agent_source, file_digest, load_agent
 
 
 def make_agent(cell: Cell, env: VecEnv) -> Agent:
     """The cell's agent on ``env``, with the start policy that the cell asks for.
 
-    UserError if the task has no such start policy, or the agent cannot start from one.
+    UserError if the task has no such start policy, the agent cannot start from one, or its source
+    is not the one that the cell names.
     """
     agent_class = load_agent(cell.agent)
+    if cell.agent_source is not None and cell.agent_source != agent_source(cell.agent):
+        raise UserError(
+            f"agent '{cell.agent}': its source is not the one that this run is planned with; "
+            "rerun the command"
+        )
     # One branch of the seed tree per use: the agent's generators and its environments' must differ.
     seed = int(np.random.SeedSequence(cell.seed).generate_state(1)[0])
     config = dict(cell.config)
@@ -85,5 +90,5 @@ def resolved_config(agent: Agent) -> dict[str, Any]:
 def source_digest(agent_class: type[Any]) -> str | None:
     """SHA-256 of the file that defines the agent: a run is not resumed with changed code."""
     with contextlib.suppress(OSError, TypeError):
-        return hashlib.sha256(Path(inspect.getfile(agent_class)).read_bytes()).hexdigest()
+        return file_digest(Path(inspect.getfile(agent_class)))
     return None

@@ -25,7 +25,7 @@ from rich import progress
 from rich.console import Console
 from rich.markup import escape
 
-from scpo_bench.errors import UserError, describe
+from scpo_bench.errors import UserError, describe, printable
 from scpo_bench.processes import end_with_parent, sigterm_interrupts
 from scpo_bench.records.files import LOCKS_FOLDER, RecordError, check_run_folder, read_run
 from scpo_bench.records.plain_files import (
@@ -110,7 +110,7 @@ def _show_failure(console: Console, failure: Failure, earlier: list[Failure]) ->
         return failure.cell.agent, failure.cell.task, failure.error
 
     if kind(failure) not in map(kind, earlier):  # not once per seed
-        line = escape(f"{_label(failure.cell)}: {failure.error}")
+        line = escape(printable(f"{_label(failure.cell)}: {failure.error}"))
         console.print("[red]failed[/red]", line, highlight=False, soft_wrap=True)
 
 
@@ -193,7 +193,7 @@ class _Bars:
     def show(self, cell: Cell, steps: int, updates: int) -> None:
         key = _label(cell)
         if key not in self._cells:
-            bar = self.progress.add_task(key, total=cell.steps, detail="")
+            bar = self.progress.add_task(escape(printable(key)), total=cell.steps, detail="")
             self._cells[key] = bar, 0.0, 0
         bar, began, first = self._cells[key]
         if first == 0:  # a resumed run does not begin at step 0

@@ -110,6 +110,8 @@ class _Prover:
 def prove_run(folder: Path, bar: Progress | None = None, budget: int = BUDGET) -> Proof:
     """Prove every distinct policy of the finished run in ``folder``, which is repeated for it.
 
+    Runs the code that the record names; see :func:`scpo_bench.runs.trust.check_trust`.
+
     UserError where the run or its task cannot be proved; NotRepeatedError if the repeated run's
     digest is not the recorded one.
     """

@@ -4,75 +4,98 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-from scpo_bench.leaderboard.render import printable
+from scpo_bench.errors import printable
 from scpo_bench.records.consistency import check_bounds
-from scpo_bench.records.files import RecordError, read_run, read_updates, run_folders
-from scpo_bench.records.schema import TIMING_FIELDS, Run, Update
+from scpo_bench.records.files import (
+    RecordError,
+    read_run,
+    read_updates,
+    run_folders,
+    updates_file,
+)
+from scpo_bench.records.schema import Cell, Run, Update
 from scpo_bench.runs.harness import run_cell
+from scpo_bench.runs.trust import check_trust
+from scpo_bench.submissions.tiers import Comparison, Ends, Tier, compare
+from scpo_bench.suites.registry import agent_source
 
-_ABSENT = "(absent)"
+SHOWN_DIFFERENCES = 6
 
 
-def reproduce(folder: Path, sample: int | None = None) -> Iterator[tuple[Path, list[str]]]:
+def reproduce(
+    folder: Path,
+    sample: int | None = None,
+    trust_code: bool = False,
+    announce: Callable[[str], object] = print,
+) -> Iterator[tuple[Path, Comparison]]:
     """Re-run the finished runs below ``folder``, or ``sample`` of them drawn at random.
 
-    Yields (run folder, differences); no differences means reproduced exactly. Runs the agents that
-    the records name. RecordError if there is nothing to run, or ``folder`` is a packed bundle.
+    Yields (run folder, comparison). RecordError if there is nothing to run, or ``folder`` is a
+    packed bundle. If any finished run, drawn or not, names code that is not this package's, it is
+    announced with ``trust_code``; without, a UserError names it, and nothing is run.
     """
-    finished = [path for path in run_folders(folder) if read_run(path).status == "finished"]
+    runs = {path: read_run(path) for path in run_folders(folder)}
+    finished = {path: run for path, run in runs.items() if run.status == "finished"}
     if not finished:
         raise RecordError(f"{folder}: no finished runs to re-run (unpack a packed bundle first)")
-    if sample is not None and sample < len(finished):
-        finished = sorted(random.sample(finished, sample))
-    for path in finished:
-        run = read_run(path)
+    check_trust((run.cell for run in finished.values()), trust_code, announce)
+    chosen = list(finished)
+    if sample is not None and sample < len(chosen):
+        chosen = sorted(random.sample(chosen, sample))
+    for path in chosen:
+        run = finished[path]
+        setup = [other for other, one in finished.items() if _setup(one) == _setup(run)]
         with tempfile.TemporaryDirectory() as scratch:
-            run_cell(run.cell, Path(scratch) / "run", run.suite)
-            yield path, compare(path, Path(scratch) / "run")
+            run_cell(_runnable(run.cell), Path(scratch) / "run", run.suite)
+            yield path, compare_folders(path, Path(scratch) / "run", setup)
 
 
-def compare(folder_a: Path, folder_b: Path) -> list[str]:
-    """How two records of one cell differ, timing aside; empty means reproduced exactly.
+def compare_folders(recorded: Path, rerun: Path, setup: list[Path] | None = None) -> Comparison:
+    """How two records of one cell differ. RecordError if one cannot be read.
 
-    Where they differ, so may package versions and machines, the usual reason: these are named too.
-    RecordError if one cannot be read.
+    setup: folders of all recorded seeds of the cell.
     """
-    (a, updates_a), (b, updates_b) = _read(folder_a), _read(folder_b)
-    found = list(_differences(_summary(a, updates_a), _summary(b, updates_b)))
-    for one, other in zip(updates_a, updates_b):
-        place = f"update {one.update}"
-        if fields := list(_differences(_untimed(one), _untimed(other), f"{place}: ")):
-            found += [*fields, f"{place} is the first of those that differ"]
-            break
-    found = found or list(_differences({"digest": a.digest}, {"digest": b.digest}))
-    return found and [*found, *_differences(a.provenance, b.provenance, "provenance.")]
+    one, other = _read(recorded), _read(rerun, may_have_failed=True)
+    comparison = compare(one, other)
+    if comparison.tier is Tier.DIFFERENT and setup:
+        ends = Ends.of([_read(path)[1] for path in setup])
+        comparison = compare(one, other, ends)
+    return comparison
 
 
-def _read(folder: Path) -> tuple[Run, list[Update]]:
-    run, updates = read_run(folder), read_updates(folder)
+def lines(path: Path, comparison: Comparison) -> list[str]:
+    """A comparison as text: the tier, all differences of provenance, the first of the numbers."""
+    tier, provenance, found = comparison
+    head = printable(f"{path}: {tier}")
+    if tier is Tier.EXACT:
+        return [head]
+    if tier is Tier.DIFFERENT and not provenance:
+        provenance = ["provenance: the same"]
+    shown = found[:SHOWN_DIFFERENCES]
+    # The last line says why the tier is no better.
+    if len(found) > len(shown):
+        shown = [*shown, f"... {len(found) - len(shown) - 1} more", found[-1]]
+    return [head, *(f"  {printable(line)}" for line in [*provenance, *shown])]
+
+
+def _setup(run: Run) -> tuple[str, str]:
+    return run.suite, run.cell.model_copy(update={"seed": 0}).key()
+
+
+def _runnable(cell: Cell) -> Cell:
+    """The cell with its agent as it is here: whether that is the recorded one was announced."""
+    if cell.agent_source is None:
+        return cell
+    return cell.model_copy(update={"agent_source": agent_source(cell.agent)})
+
+
+def _read(folder: Path, may_have_failed: bool = False) -> tuple[Run, list[Update]]:
+    run = read_run(folder)
+    without = may_have_failed and not updates_file(folder).exists()
+    updates = [] if without else read_updates(folder)
     if reason := check_bounds(run, updates):
         raise RecordError(f"{folder}: {reason}")
     return run, updates
-
-
-def _summary(run: Run, updates: list[Update]) -> dict[str, Any]:
-    return {"cell": run.cell.model_dump(), "status": run.status, "updates": len(updates)}
-
-
-def _untimed(update: Update) -> dict[str, Any]:
-    return update.model_dump(exclude=set(TIMING_FIELDS))
-
-
-def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """One line per entry that differs, in the order of the entries; dictionaries entry by entry."""
-    for name in dict.fromkeys([*a, *b]):
-        left, right = a.get(name, _ABSENT), b.get(name, _ABSENT)
-        place = f"{prefix}{printable(name, 60)}"
-        if isinstance(left, dict) and isinstance(right, dict):
-            yield from _differences(left, right, f"{place}.")
-        elif left != right:
-            yield f"{place}: {printable(left, 80)} against {printable(right, 80)}"

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from scpo_bench.errors import UserError, at, nearest
-from scpo_bench.records.files import file_name
+from scpo_bench.records.files import RecordError, file_name, read_run
 from scpo_bench.records.schema import Cell
-from scpo_bench.suites.registry import FILTER_PREFIX, agent_spec, check_pair, task_spec
+from scpo_bench.suites.registry import (
+    FILTER_PREFIX,
+    agent_name,
+    agent_source,
+    agent_spec,
+    check_pair,
+    task_spec,
+)
 from scpo_bench.suites.schema import MAX_CELLS, Benchmarks, Suite, TaskEntry, Values
 
 _SHARED_FIELDS = sorted(TaskEntry.model_fields.keys() & Cell.model_fields.keys() - {"config"})
@@ -28,6 +38,7 @@ def cells(
     """The suite's cells by task, agent and seed, restricted to the named agents and tasks.
 
     A named agent that the suite does not run, such as a third party's, is added to every task.
+    Third parties' agents are read, for the digest of their source, but not imported.
     UserError for a task that the suite does not have, or if nothing is left.
     """
     known_tasks = [entry.id for entry in suite.tasks]
@@ -35,9 +46,9 @@ def cells(
         if task not in known_tasks:
             raise UserError(f"--tasks: the suite has no task '{task}'{nearest(task, known_tasks)}")
     listed = {agent for entry in suite.tasks for agent in entry.agents}
-    for agent in agents or []:
-        with at("--agents"):
-            agent_spec(agent)
+    with at("--agents"):
+        agents = _named(agents or [])
+    sources: dict[str, str | None] = {}
     found: list[Cell] = []
     for entry in suite.tasks:
         if tasks and entry.id not in tasks:
@@ -45,25 +56,52 @@ def cells(
         wanted = entry.agents
         if agents:
             wanted = [a for a in agents if a in entry.agents or a not in listed]
-        number = seeds or entry.seeds
+        wanted, number = list(dict.fromkeys(wanted)), seeds or entry.seeds
         if len(found) + len(wanted) * number > MAX_CELLS:
             raise UserError(
                 f"{len(wanted)} agents with {number} seeds on {entry.id}: more than "
                 f"{MAX_CELLS} runs"
             )
-        found += [_cell(entry, agent, seed) for agent in wanted for seed in range(number)]
+        sources |= {agent: agent_source(agent) for agent in wanted if agent not in sources}
+        found += [
+            _cell(entry, agent, sources[agent], seed) for agent in wanted for seed in range(number)
+        ]
     if not found:
-        raise UserError(f"nothing to run: no task chosen has any of {', '.join(agents or [])}")
+        raise UserError(f"nothing to run: no task chosen has any of {', '.join(agents)}")
     return found
 
 
-def _cell(entry: TaskEntry, agent: str, seed: int) -> Cell:
+def _named(agents: Iterable[str]) -> list[str]:
+    """The agents under their own names. UserError for one that is none."""
+    for agent in agents:
+        agent_spec(agent)
+    return list(map(agent_name, agents))
+
+
+def _cell(entry: TaskEntry, agent: str, source: str | None, seed: int) -> Cell:
     check_pair(agent, entry.id)
     fields = {name: getattr(entry, name) for name in _SHARED_FIELDS}
     # A filtered agent is configured as the agent behind the filter, unless it is itself.
     inner = entry.config.get(agent.removeprefix(FILTER_PREFIX), {})
     config = entry.config.get(agent, inner)
-    return Cell(agent=agent, task=entry.id, seed=seed, config=config, **fields)
+    return Cell(agent=agent, agent_source=source, task=entry.id, seed=seed, config=config, **fields)
+
+
+def changed_agents(todo: Iterable[Cell], suite: str, results: Path) -> list[str]:
+    """A line for each agent whose file is not the one that finished runs of it were made with."""
+    earlier: Counter[str] = Counter()
+    for cell in todo:
+        with contextlib.suppress(RecordError):
+            run = read_run(run_folder(results, suite, cell))
+            same_agent = run.cell.agent == cell.agent
+            if run.status == "finished" and same_agent:
+                earlier[cell.agent] += run.cell.agent_source != cell.agent_source
+    return [
+        f"agent '{agent}' has changed: {number} finished {'run' if number == 1 else 'runs'} of its "
+        "earlier source set aside"
+        for agent, number in earlier.items()
+        if number
+    ]
 
 
 def comparison(
@@ -78,9 +116,8 @@ def comparison(
 
     The settings are those of the first suite with this task, or plain defaults.
     """
-    for agent in agents:
-        with at("AGENT"):
-            agent_spec(agent)
+    with at("AGENT"):
+        agents = _named(agents)
     with at("--task"):
         spec = task_spec(task)
     found = [e for suite in benchmarks.suites.values() for e in suite.tasks if e.id == task]

@@ -3,6 +3,7 @@
 An agent is an SB3 ``BaseAlgorithm`` or has the same interface (``contract.Agent``). Its name is
 one of those below, an entry point of the group ``scpo_bench.agents``, ``module:Class`` or
 ``path/to/file.py:Class``; with ``filtered:`` before it, a safety filter acts on its actions.
+:func:`agent_name` gives the one name under which an agent is recorded, however it was written.
 Nothing is imported before :func:`load_agent` is called.
 """
 
@@ -10,10 +11,13 @@ from __future__ import annotations
 
 import difflib
 import functools
+import hashlib
 import importlib
 import importlib.util
+import os
 import sys
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +28,10 @@ from scpo_bench.errors import UserError, nearest
 CUSTOM_PREFIX = "scpo_bench/"
 # filtered:NAME is the agent NAME behind a predictive safety filter (baselines/safety_filter.py).
 FILTER_PREFIX = "filtered:"
+AGENT_PATH = "SCPO_BENCH_AGENT_PATH"
+"""Environment variable: folders in which agents' files are looked for after the working directory,
+separated as in PATH.
+"""
 
 
 @dataclass(frozen=True)
@@ -242,6 +250,96 @@ def agent_spec(name: str) -> AgentSpec:
     raise UserError(f"unknown agent '{name}'{nearest(name, known)}")
 
 
+def agent_name(written: str) -> str:
+    """The one name of an agent, under which it is recorded.
+
+    A registered agent's own name stands for its ``module:Class``. A file is named by its path from
+    the working directory. One that lies elsewhere is named without its folder, which is the user's
+    own business and means nothing on another machine; the folder is added to ``AGENT_PATH``, where
+    this command and its processes find the file. UserError if that name is another file's.
+    """
+    if written.startswith(FILTER_PREFIX):
+        return FILTER_PREFIX + agent_name(written.removeprefix(FILTER_PREFIX))
+    known = agents()
+    if written in known:
+        return written
+    module, _, class_name = written.rpartition(":")
+    if module.endswith(".py"):
+        return f"{_name_of_file(module)}:{class_name}"
+    return next((spec.name for spec in known.values() if spec.entry == written), written)
+
+
+def _name_of_file(written: str) -> str:
+    here, path = Path.cwd(), Path(os.path.abspath(written))
+    for place in (path, path.resolve()):  # the working directory may have several paths
+        if place.is_relative_to(here):
+            return place.relative_to(here).as_posix()
+    if path.is_file() and path.parent not in _agent_folders():
+        os.environ[AGENT_PATH] = os.pathsep.join(map(str, [*_agent_folders(), path.parent]))
+    found = _agent_file(path.name)
+    if path.is_file() and found != path:
+        raise UserError(
+            f"agent file {written}: records would name it '{path.name}', as they name {found}; "
+            "rename it"
+        )
+    return path.name
+
+
+def _agent_folders() -> list[Path]:
+    return [Path(folder) for folder in os.environ.get(AGENT_PATH, "").split(os.pathsep) if folder]
+
+
+def _agent_file(name: str) -> Path | None:
+    """The file of that name or path, in the working directory or on ``AGENT_PATH``."""
+    places = (Path(os.path.abspath(folder / name)) for folder in (Path(), *_agent_folders()))
+    return next((place for place in places if place.is_file()), None)
+
+
+def built_in(name: str) -> bool:
+    """Whether an agent is one that this package registers, behind the safety filter or not."""
+    return agent_spec(name).entry in {spec.entry for spec in _AGENTS}
+
+
+def source_file(module: str) -> Path | None:
+    """The file of a module, or of the path of one; None if there is none.
+
+    No code of the module, or of a package that it is in, is run to find it.
+    """
+    if module.endswith(".py"):
+        return _agent_file(module)
+    name, *inner = module.split(".")
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):  # no such name, or it cannot be one
+        return None
+    for part in inner:
+        if spec is None or spec.submodule_search_locations is None:
+            return None
+        name = f"{name}.{part}"
+        spec = PathFinder.find_spec(name, spec.submodule_search_locations)
+    return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
+
+
+def file_digest(path: Path) -> str | None:
+    """SHA-256 of a file, 64 hexadecimal digits; None if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def agent_source(name: str) -> str | None:
+    """SHA-256 of the file that defines an agent; None for this package's own, or without a file.
+
+    For ``module:Class`` it is the module's file. Other files that it imports are not covered.
+    """
+    if built_in(name):
+        return None
+    path = source_file(agent_spec(name).entry.rpartition(":")[0])
+    return None if path is None else file_digest(path)
+
+
 def load_agent(name: str) -> type[Any]:
     """The agent's class (see ``contract.Agent``). Runs its module's code, which the user named."""
     if name.startswith(FILTER_PREFIX):
@@ -287,10 +385,12 @@ def _import(name: str) -> ModuleType:
     """The module ``name``, which may be the path of a file."""
     if not name.endswith(".py"):
         return importlib.import_module(name)
-    path = Path(name).resolve()
-    spec = importlib.util.spec_from_file_location(f"scpo_bench_agent_{path.stem}", path)
-    if spec is None or spec.loader is None or not path.is_file():
+    path = _agent_file(name)
+    if path is None:
         raise UserError(f"no file {name}")
+    spec = importlib.util.spec_from_file_location(f"scpo_bench_agent_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"no Python file {name}")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # for unpickling its agents
     spec.loader.exec_module(module)

@@ -30,7 +30,7 @@ from scpo_bench.records.consistency import MAX_NAME
 from scpo_bench.records.files import check_suite_name
 from scpo_bench.records.plain_files import open_to_read
 from scpo_bench.records.schema import canonical
-from scpo_bench.suites.registry import agent_spec, task_spec
+from scpo_bench.suites.registry import agent_name, agent_spec, task_spec
 
 PACKAGED_FILE = Path(__file__).with_name("benchmarks.yaml")
 # Bounds on what a file may ask for, far above any real one: a slip, or a hostile file, ends in one
@@ -56,9 +56,9 @@ def _name(name: str) -> str:
 def _agent(name: str) -> str:
     try:
         agent_spec(name)
+        return agent_name(name)
     except UserError as error:
         raise _unknown(error) from None
-    return name
 
 
 AgentName = Annotated[str, AfterValidator(_name), AfterValidator(_agent)]

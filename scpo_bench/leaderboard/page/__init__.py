@@ -21,13 +21,14 @@ import pandas as pd
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from scpo_bench.errors import printable
 from scpo_bench.leaderboard.aggregate import aggregate_cells
 from scpo_bench.leaderboard.columns import COLUMNS, Column, Row, cell_text, shown
 from scpo_bench.leaderboard.figures import Figure, runs_of, suite_figures
 from scpo_bench.leaderboard.ranking import VERDICTS
 from scpo_bench.leaderboard.render import conditions, notes, tasks
 from scpo_bench.leaderboard.tables import seed_ranges
-from scpo_bench.leaderboard.text import number, printable
+from scpo_bench.leaderboard.text import number
 from scpo_bench.records.schema import Cell
 
 TONES = dict(zip(VERDICTS, ("good", "middle", "middle", "bad", "bad")))
