@@ -296,6 +296,7 @@ def verify(
     rerun: Annotated[bool, Option("--rerun", help="Run again, and compare.")] = False,
     sample: Annotated[int | None, Option(min=1, help="Rerun only this many, at random.")] = None,
     trust_code: TrustOption = False,
+    file: FileOption = None,
 ) -> None:
     """Check records: schema, digests, every aggregate; with --rerun, their reproducibility.
 
@@ -303,7 +304,8 @@ def verify(
     """
     from scpo_bench.submissions import verify as verification
 
-    report = verification.verify(folder)
+    benchmarks = _benchmarks(file)
+    report = verification.verify(folder, lambda suite: _planned(benchmarks, suite))
     typer.echo(str(report))
     if not report.ok:
         raise typer.Exit(1)

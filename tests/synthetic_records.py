@@ -13,6 +13,7 @@ import numpy as np
 
 from scpo_bench.records.files import UpdateLog, write_run
 from scpo_bench.records.schema import Cell, Run, Update, digest
+from scpo_bench.suites.cells import run_folder
 
 IMITATION = "scpo_bench/DoubleIntegratorImitation-v0"
 REGRESSION = "scpo_bench/HarmfulRegression-v0"
@@ -69,6 +70,8 @@ def synthetic_updates(cell: Cell, updates: int) -> list[Update]:
             )
         elif not signed:
             costs = rng.uniform(0, limit, episodes)
+        if signed:  # a step costs 0 or 1 there
+            costs = np.minimum(10.0, np.ceil(costs))
         iterate_cost = float(limit + 5 if violating else 0.4 * limit)
         wall = 0.5 * number + (0.1 if number else 0.0)
         diagnostics: dict[str, float | None] = {"loss": float(loss)}
@@ -96,7 +99,7 @@ def synthetic_updates(cell: Cell, updates: int) -> list[Update]:
                 cost_max=float(costs.max()) if number else None,
                 cost_sum=float(costs.sum()),
                 violating_episodes=int((costs > limit).sum()),
-                violating_steps=min(100, int(3 * (costs > 0).sum())),
+                violating_steps=int(costs.sum()) if signed else int(3 * (costs > 0).sum()),
                 worst_constraint_value=float(worst + 0.01) if signed and number else None,
                 iterate_return=float(-loss * 10),
                 iterate_cost=iterate_cost,
@@ -112,8 +115,7 @@ def synthetic_updates(cell: Cell, updates: int) -> list[Update]:
 
 
 def folder_of(results: Path, suite: str, cell: Cell) -> Path:
-    task, agent = (name.replace("/", ".").replace(":", ".") for name in (cell.task, cell.agent))
-    return results / suite / task / agent / f"seed-{cell.seed}"
+    return run_folder(results, suite, cell)
 
 
 def write_record(

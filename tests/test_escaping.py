@@ -58,7 +58,7 @@ def test_messages_are_printable():
 def test_a_list_of_suites_shows_their_descriptions(tmp_path, monkeypatch):
     """A suites file of somebody else styles no terminal, neither by codes nor by Rich's markup."""
     (tmp_path / "benchmarks.yaml").write_text(
-        "version: 1\nsuites:\n  s:\n    description: \"a\\e[31m[bold]b\"\n"
+        'version: 1\nsuites:\n  s:\n    description: "a\\e[31m[bold]b"\n'
         "    agents: [ppo]\n    steps: 10\n    seeds: 1\n    tasks: [SafetyPointGoal1-v0]\n"
     )
     monkeypatch.chdir(tmp_path)

@@ -60,7 +60,15 @@ def records(tmp_path_factory) -> Path:
     return results
 
 
-PLANNED = [synthetic_cell("sgd", IMITATION, seed, 12) for seed in range(4)]
+PLANNED = [
+    *(
+        synthetic_cell(agent, task, seed, 12)
+        for task in (IMITATION, GOAL)
+        for agent in ("scpo", "sgd", "ppo")
+        for seed in range(3)
+    ),
+    synthetic_cell("sgd", IMITATION, 3, 12),
+]
 
 
 @pytest.fixture(scope="module")

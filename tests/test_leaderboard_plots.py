@@ -339,7 +339,7 @@ def test_the_largest_allowed_numbers_do_not_overflow(tmp_path):
     cell = synthetic_cell("scpo", IMITATION, 0, 3)
     updates = synthetic_updates(cell, 3)
     extreme = {
-        "iterate_objective": -1e100,
+        "iterate_objective": 1e100,
         "iterate_worst_constraint_value": 1e100,
         "iterate_violates": True,
         "diagnostics": {

@@ -188,7 +188,7 @@ def test_show_of_runs_without_measurements(tmp_path):
         (CPO, -1, r"--update: no update -1 in"),
         (CPO.parent, None, r"no run in '.*cpo'; 20 below it, such as results/paper/.*/cpo/seed-0"),
         (CPO.parent / "seed-30", None, r"no run in '.*seed-30'; did you mean 'seed-3'\?"),
-        (CPO.parent.parent / "cop/seed-0", None, r"no run in '.*'; did you mean 'cpo'\?"),
+        (CPO.parent.parent / "cpoo/seed-0", None, r"no run in '.*'; did you mean 'cpo'\?"),
         (Path("/no/such/folder"), None, r"no run in '/no/such/folder'"),
     ],
 )

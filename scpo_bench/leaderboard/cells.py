@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from scpo_bench.errors import printable
 from scpo_bench.leaderboard.ranking import NO_RESULT
 from scpo_bench.leaderboard.text import UNKNOWN, interval, number, percent, share
 
@@ -28,6 +29,10 @@ def final(row: Row, name: str) -> float:
 
 def rank(row: Row) -> str:
     return UNKNOWN if row["verdict"] == NO_RESULT else f"{row['rank']}{'=' * row['tied']}"
+
+
+def agent(row: Row) -> str:
+    return printable(row["agent"]) + " ‡" * row["other_versions"]
 
 
 def objective(row: Row) -> str:

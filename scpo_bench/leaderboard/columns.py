@@ -206,7 +206,15 @@ COLUMNS: tuple[Column, ...] = (
         "#", cells.rank
     ),
     Column("tied", "yes or no", "another row has the same rank", None),
-    _field("agent", "text", "agent; #xxxx tells two set-ups of one agent apart").headed("agent"),
+    _field("agent", "text", "agent; #xxxx tells two set-ups of one agent apart").headed(
+        "agent", cells.agent
+    ),
+    Column(
+        "other_versions",
+        "yes or no",
+        "package versions that most runs of the table do not have, or uncommitted changes (‡)",
+        None,
+    ),
     _field("setup", "text", "hash of everything but the seed"),
     Column("seeds_planned", "seeds", "seeds planned or recorded", lambda g: len(g.runs)),
     _with_status(

@@ -32,7 +32,7 @@ def generated(results: Path, suite: str, task: str | None = None) -> str:
 
     Tasks without any record are named below the tables, instead of a table of missing runs each.
     """
-    planned = cells(load_benchmarks(PACKAGED_FILE).suites[suite], tasks=[task] if task else None)
+    planned = cells(load_benchmarks(PACKAGED_FILE).suites[suite])
     begun = {
         cell.task for cell in planned if run_folder(results, suite, cell).parent.parent.is_dir()
     }
@@ -42,7 +42,8 @@ def generated(results: Path, suite: str, task: str | None = None) -> str:
     table = render(leaderboard(runs), "md")
     # One level deeper: the headings belong to a section of the file.
     lines = ["#" + line if line.startswith("##") else line for line in table.strip().splitlines()]
-    left = [task for task in dict.fromkeys(cell.task for cell in planned) if task not in begun]
+    every = dict.fromkeys([task] if task else [cell.task for cell in planned])
+    left = [task for task in every if task not in begun]
     return "\n".join([*lines, f"- no records yet: {', '.join(left)}"] if left else lines)
 
 

@@ -30,6 +30,7 @@ from scpo_bench.leaderboard.ranking import VERDICTS
 from scpo_bench.leaderboard.statistics import PRELIMINARY_BELOW
 from scpo_bench.leaderboard.text import count, number
 
+_LEFT_OUT = ("at the floor", "left out", "not comparable")
 _STYLES = dict(zip(VERDICTS, ("green", "yellow", "yellow", "red", "dim")))
 
 
@@ -101,6 +102,11 @@ def notes(table: pd.DataFrame) -> list[str]:
             f"†: preliminary, fewer than {PRELIMINARY_BELOW} finished seeds; "
             "the intervals are too narrow"
         )
+    if table["other_versions"].any():
+        found.append(
+            "‡: package versions that most runs of the table do not have, or a source tree with "
+            "uncommitted changes"
+        )
     if table["tied"].any():
         found.append("=: a tie, the 95 % intervals overlap")
     present = [verdict for verdict in VERDICTS if (table["verdict"] == verdict).any()]
@@ -142,7 +148,7 @@ def print_table(table: pd.DataFrame, console: Console, title: str = "") -> None:
             grid.add_row(*(Text(cell, _STYLES.get(cell.removesuffix(" †"), "")) for cell in row))
         parts.append(grid)
     for note in notes(table):
-        parts.append(Text(note, "red" if note.startswith(("at the floor", "left out")) else "dim"))
+        parts.append(Text(note, "red" if note.startswith(_LEFT_OUT) else "dim"))
     if title:
         console.rule(Text(printable(title), style="bold"), align="left")
     console.print(Group(*parts), highlight=False, markup=False)

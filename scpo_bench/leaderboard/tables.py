@@ -6,9 +6,11 @@ the worst outcome of any policy on its task, the start policies included.
 
 from __future__ import annotations
 
+import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,18 @@ from scpo_bench.leaderboard.columns import COLUMNS, Group
 from scpo_bench.leaderboard.metrics import METRICS, measure
 from scpo_bench.leaderboard.ranking import rank
 from scpo_bench.leaderboard.references import gap_closed, load_references
-from scpo_bench.records.consistency import MAX_MAGNITUDE, check_bounds, check_record
+from scpo_bench.records.comparable import Plan
+from scpo_bench.records.consistency import (
+    MAX_MAGNITUDE,
+    check_bounds,
+    check_record,
+    misplaced,
+)
 from scpo_bench.records.files import RecordError, read_run, read_updates, run_folders
 from scpo_bench.records.proof import read_proof
 from scpo_bench.records.schema import Cell, Run, Update
 from scpo_bench.records.study import Study, read_study
+from scpo_bench.suites.registry import limits_of
 
 
 @dataclass(frozen=True)
@@ -37,17 +46,18 @@ class Record:
     """Why the record cannot be trusted; ``updates`` then holds what could be read."""
 
 
-def read_records(
+def read_runs(
     results: Path, suite: str | None, problems: list[str] | None = None
-) -> Iterator[Record]:
-    """Every record below ``results`` (of ``suite``), one at a time, in the order of their folders.
+) -> list[tuple[Path, Run]]:
+    """(folder, run.json) of every record below ``results`` (of ``suite``), sorted by folder.
 
-    An unreadable run.json, a second record of the same run, and a record of another suite are left
-    out and named in ``problems``.
+    An unreadable run.json, a second record of the same run, one that lies in the folder of another
+    cell, and one of another suite are left out and named in ``problems``.
     """
     problems = [] if problems is None else problems
     root = results / suite if suite and (results / suite).is_dir() else results
     seen: dict[tuple[str, str], Path] = {}
+    found = []
     for folder in run_folders(root):
         try:
             run = read_run(folder)
@@ -60,24 +70,52 @@ def read_records(
                     f"left out: {folder}: a record of suite {run.suite!r}, not {suite!r}"
                 )
             continue
-        first = seen.setdefault((run.suite, run.key), folder)
-        if first != folder:
-            problems.append(f"left out: {folder}: the same run as {first}")
-            continue
-        if reason := check_bounds(run, []):
+        if reason := check_bounds(run, []) or misplaced(run, folder.relative_to(root)):
             problems.append(f"left out: {folder}: {reason}")
-            continue
-        updates: list[Update] = []
-        try:
-            updates = read_updates(folder)
-            if reason := check_bounds(run, updates):
-                updates = []
-                raise RecordError(f"{folder}: {reason}")
-            findings = check_record(run, updates)
-        except RecordError as error:
-            # A run that failed before its first update has no lines to read; that is no damage.
-            findings = [] if run.status != "finished" and not run.updates else [str(error)]
-        yield Record(folder, run, updates, findings[0] if findings else None)
+        elif (first := seen.setdefault((run.suite, run.key), folder)) != folder:
+            problems.append(f"left out: {folder}: the same run as {first}")
+        else:
+            found.append((folder, run))
+    return found
+
+
+def read_record(folder: Path, run: Run) -> Record:
+    """The record in a folder whose run.json was read."""
+    updates: list[Update] = []
+    try:
+        updates = read_updates(folder)
+        if reason := check_bounds(run, updates):
+            updates = []
+            raise RecordError(f"{folder}: {reason}")
+        findings = check_record(run, updates, limits_of(run.cell))
+    except RecordError as error:
+        # A run that failed before its first update has no lines to read; that is no damage.
+        findings = [] if run.status != "finished" and not run.updates else [str(error)]
+    return Record(folder, run, updates, findings[0] if findings else None)
+
+
+def _comparable(
+    runs: list[tuple[Path, Run]], planned: Sequence[Cell] | None, problems: list[str]
+) -> list[tuple[Path, Run]]:
+    """The runs that a table may hold; the others are named in ``problems``."""
+    keys = {cell.key() for cell in planned or ()}
+    plans: dict[str, Plan] = {}
+    excluded: dict[tuple[str, str, str], list[int]] = {}
+    found = []
+    for folder, run in runs:
+        if run.suite not in plans:
+            own = (other.cell for _, other in runs if other.suite == run.suite)
+            plans[run.suite] = Plan.of(planned) if planned else Plan.most_common(own)
+        # A damaged record may misstate its cell; if its key was planned, it counts as that one.
+        if run.key in keys or (reason := plans[run.suite].difference(run.cell)) is None:
+            found.append((folder, run))
+        else:
+            excluded.setdefault((run.cell.agent, run.cell.task, reason), []).append(run.cell.seed)
+    for (agent, task, reason), seeds in excluded.items():
+        plural = "s" if len(seeds) > 1 else ""
+        place = f"{agent} on {task}, seed{plural} {seed_ranges(seeds)}"
+        problems.append(f"not comparable: {place}: {reason}")
+    return found
 
 
 def setup_of(cell: Cell) -> str:
@@ -97,6 +135,7 @@ def reference_of(cell: Cell, references: dict[str, dict[str, Any]]) -> dict[str,
     return entry if entry is not None and entry.get("env", {}) == cell.env else None
 
 
+MODIFIED = " with uncommitted changes"
 _CELL = ("task", "agent", "seed", "steps", "budget", "cost_limit", "margin")
 # Of proof.json, where a run has one that belongs to its record.
 _PROOF = ("proved_policies", "examined_policies")
@@ -118,7 +157,9 @@ def load(
 ) -> pd.DataFrame:
     """One row per run: identity, status, and :class:`~scpo_bench.leaderboard.metrics.RunMetrics`.
 
-    ``planned`` cells without a record become rows with status "missing"; records that contradict
+    Runs that differ from the others of their task in more than agent and seed are left out, see
+    :mod:`scpo_bench.records.comparable`. ``planned`` cells without a record become rows with status
+    "missing", and so do planned seeds of other configurations and agents; records that contradict
     themselves get status "damaged". In rows that are not "finished" the outcome (final objective
     and return) is the floor, and what is measured during training is what there is.
     ``attrs["problems"]`` lists what was left out and why. ``on_record`` is called with each record
@@ -129,14 +170,23 @@ def load(
     problems: list[str] = []
     rows = []
     studies: dict[Path, Study | None] = {}
-    missing = {cell.key(): cell for cell in planned or ()}
+    found = _comparable(read_runs(results, suite, problems), planned, problems)
+    missing = {cell.key(): cell for cell in _expected(planned or (), [run for _, run in found])}
 
     def add(suite: str, cell: Cell, **more: Any) -> None:
         own = {name: getattr(cell, name) for name in _CELL}
         rows.append({"suite": suite, **own, "setup": setup_of(cell), **more})
 
-    for record in read_records(results, suite, problems):
-        run = record.run
+    # Two seeds never give the same numbers; two configurations may.
+    first_with: dict[tuple[str, str, str], tuple[Path, int]] = {}
+    for folder, run in found:
+        record = read_record(folder, run)
+        if record.problem is None and run.digest is not None:
+            first, seed = first_with.setdefault(
+                (run.suite, run.cell.task, run.digest), (folder, run.cell.seed)
+            )
+            if seed != run.cell.seed:
+                record = replace(record, problem=f"{folder}: the same updates as {first}")
         if on_record is not None:
             on_record(record)
         # A damaged record may misstate its cell; if its key was planned, the plan's cell holds.
@@ -178,6 +228,27 @@ def load(
         runs.loc[index] = task
     runs.attrs["problems"] = problems
     return runs
+
+
+def _expected(planned: Sequence[Cell], recorded: Sequence[Run]) -> Iterator[Cell]:
+    """The planned cells, and every planned seed of the other set-ups that have a record."""
+    yield from planned
+    seeds = Plan.of(planned).seeds or {}
+    keys = {run.key for run in recorded}
+    own = {(cell.task, cell.agent, setup_of(cell)) for cell in planned}
+    planned_keys = {cell.key() for cell in planned}
+    others = {
+        (run.cell.task, run.cell.agent, setup_of(run.cell)): run.cell
+        for run in recorded
+        if run.key not in planned_keys
+    }
+    for (task, agent, setup), cell in others.items():
+        if setup == "invalid" or (task, agent, setup) in own:
+            continue
+        for seed in sorted(seeds.get(task, ())):
+            expected = cell.model_copy(update={"seed": seed})
+            if expected.key() not in keys:
+                yield expected
 
 
 def _tuned(record: Record, studies: dict[Path, Study | None], problems: list[str]) -> float:
@@ -259,6 +330,11 @@ def leaderboard(runs: pd.DataFrame) -> pd.DataFrame:
     for _, task in runs.groupby(["suite", "task"], sort=True):
         groups = [Group(group) for _, group in task.groupby(["agent", "setup"], sort=True)]
         own = [{c.name: c.compute(group) for c in COLUMNS if c.compute} for group in groups]
+        versions = [set(group.finished["provenance"].map(_versions)) for group in groups]
+        usual = Counter(task.loc[task["status"] == "finished", "provenance"].map(_versions))
+        common = max(usual, key=lambda text: (usual[text], text), default="")
+        for row, used in zip(own, versions):
+            row["other_versions"] = bool(used - {common}) or any(MODIFIED in text for text in used)
         agents = [row["agent"] for row in own]
         for row in own:
             if agents.count(row["agent"]) > 1:
@@ -273,6 +349,13 @@ def leaderboard(runs: pd.DataFrame) -> pd.DataFrame:
         if group.loc[group["score_kind"] == "gap closed", "task"].nunique() > 1
     }
     return table
+
+
+def _versions(provenance: dict[str, Any]) -> str:
+    """Versions of packages and Python, and whether the source tree had changes, as one text."""
+    own = {name: provenance.get(name) for name in ("versions", "python")}
+    changed = str(provenance.get("commit", "")).endswith("+")
+    return json.dumps(own, sort_keys=True) + MODIFIED * changed
 
 
 def _unfinished(runs: pd.DataFrame) -> list[str]:

@@ -14,7 +14,7 @@ import hashlib
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 from scpo_bench.leaderboard.render import plain_rows, printable
 from scpo_bench.leaderboard.tables import leaderboard, load
-from scpo_bench.records.consistency import check_bounds, check_record
+from scpo_bench.records.comparable import Plan
+from scpo_bench.records.consistency import check_bounds, check_record, misplaced
 from scpo_bench.records.files import (
     COMPRESSED_UPDATES_FILE,
     MAX_LINE_BYTES,
@@ -34,7 +35,7 @@ from scpo_bench.records.files import (
     read_updates,
 )
 from scpo_bench.records.plain_files import open_to_read
-from scpo_bench.records.schema import Run, Update, canonical
+from scpo_bench.records.schema import Cell, Run, Update, canonical
 from scpo_bench.submissions.contents import (
     MANIFEST_FILE,
     Manifest,
@@ -43,8 +44,10 @@ from scpo_bench.submissions.contents import (
     read_manifest,
     unpack,
 )
+from scpo_bench.suites.registry import limits_of
 
 _AGGREGATE_TOLERANCE = 1e-6
+Planner = Callable[[str], Sequence[Cell] | None]
 
 
 class Finding(NamedTuple):
@@ -92,14 +95,17 @@ class Report:
         return "\n".join([*lines, *(f"  note: {printable(line)}" for line in self.notes)])
 
 
-def verify(path: Path) -> Report:
+def verify(path: Path, plan_of: Planner = lambda suite: None) -> Report:
     """Check a run folder, a results folder, or a bundle (folder or .tar.gz).
+
+    plan_of: suite -> its planned cells, None for one that is not known here. Records that its
+    tables leave out are noted; they may be consistent all the same.
 
     Raises :class:`~scpo_bench.submissions.contents.Refused` (a RecordError) for what must not be
     read, RecordError where there are no records.
     """
     with _folder_of(path) as root:
-        return _verify_folder(root, path)
+        return _verify_folder(root, path, plan_of)
 
 
 @contextmanager
@@ -119,7 +125,7 @@ def _folder_of(path: Path) -> Iterator[Path]:
         yield root
 
 
-def _verify_folder(root: Path, shown: Path) -> Report:
+def _verify_folder(root: Path, shown: Path, plan_of: Planner) -> Report:
     """shown: the path to name in messages; ``root`` may be a temporary folder."""
     files, bundles, ignored = list_contents(root)
     sealed = MANIFEST_FILE in files
@@ -137,7 +143,11 @@ def _verify_folder(root: Path, shown: Path) -> Report:
             findings += [finding.at(place) for finding in _check_record(folder, runs[place])]
         except RecordError as error:
             findings.append(Finding(str(error).replace(f"{folder}{os.sep}", "")).at(place))
+        else:
+            if reason := misplaced(runs[place], PurePosixPath(place)):
+                findings.append(Finding(reason).at(place))
     findings += _check_repeats(runs)
+    findings += _check_plans(runs, plan_of)
     if sealed:
         manifest = read_manifest(root)
         findings += [*_check_hashes(root, files, manifest), *_check_suite(runs, manifest)]
@@ -145,15 +155,15 @@ def _verify_folder(root: Path, shown: Path) -> Report:
             findings += _check_leaderboard(root, manifest)
     number, finished = len(places), sum(run.status == "finished" for run in runs.values())
     for name in bundles:
-        inner = _verify_inner_bundle(root, name)
+        inner = _verify_inner_bundle(root, name, plan_of)
         number, finished = number + inner.runs, finished + inner.finished
         findings += [finding.at(name) for finding in inner.findings]
     return Report(shown, number, finished, sealed, findings)
 
 
-def _verify_inner_bundle(root: Path, name: str) -> Report:
+def _verify_inner_bundle(root: Path, name: str, plan_of: Planner) -> Report:
     try:
-        report = _verify_folder(root / name, Path(name))
+        report = _verify_folder(root / name, Path(name), plan_of)
     except RecordError as error:
         raise Refused(f"bundle {name}: {error}") from None
     if report.ok:
@@ -193,7 +203,7 @@ def _check_record(folder: Path, run: Run) -> Iterator[Finding]:
     if reason := check_bounds(run, updates):
         yield Finding(reason)
         return
-    yield from map(Finding, check_record(run, updates))
+    yield from map(Finding, check_record(run, updates, limits_of(run.cell)))
     yield from _check_lines(folder / forms[0], run, updates)
 
 
@@ -217,10 +227,30 @@ def _check_lines(path: Path, run: Run, updates: list[Update]) -> Iterator[Findin
 def _check_repeats(runs: dict[str, Run]) -> Iterator[Finding]:
     """A copied run would count twice in every average."""
     seen: dict[tuple[str, str], str] = {}
+    same_updates: dict[tuple[str, str], tuple[str, int]] = {}
     for place, run in runs.items():
         first = seen.setdefault((run.suite, run.key), place)
         if first != place:
             yield Finding(f"{place}: the same run as {first}")
+        elif run.digest is not None:
+            # Two seeds never give the same numbers; two configurations may.
+            first, seed = same_updates.setdefault(
+                (run.cell.task, run.digest), (place, run.cell.seed)
+            )
+            if seed != run.cell.seed:
+                yield Finding(f"{place}: the same updates as {first}")
+
+
+def _check_plans(runs: dict[str, Run], plan_of: Planner) -> Iterator[Finding]:
+    """Which records the tables of their suites leave out."""
+    plans: dict[str, Plan | None] = {}
+    for place, run in runs.items():
+        if run.suite not in plans:
+            planned = plan_of(run.suite)
+            plans[run.suite] = Plan.of(planned) if planned else None
+        plan = plans[run.suite]
+        if plan is not None and (reason := plan.difference(run.cell)) is not None:
+            yield Finding(f"not comparable in suite {run.suite!r}: {reason}", note=True).at(place)
 
 
 def _check_hashes(root: Path, files: dict[str, int], manifest: Manifest) -> Iterator[Finding]:

@@ -14,6 +14,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from types import ModuleType
 from typing import Any
 
 from scpo_bench.errors import UserError, nearest
+from scpo_bench.records.consistency import TaskLimits
+from scpo_bench.records.schema import Cell
 
 CUSTOM_PREFIX = "scpo_bench/"
 # filtered:NAME is the agent NAME behind a predictive safety filter (baselines/safety_filter.py).
@@ -395,6 +398,21 @@ def _import(name: str) -> ModuleType:
     sys.modules[spec.name] = module  # for unpickling its agents
     spec.loader.exec_module(module)
     return module
+
+
+def limits_of(cell: Cell) -> TaskLimits:
+    """What every record of the cell keeps to; little is known of others' tasks, or with arguments.
+
+    The custom tasks have rewards of at most 0, objectives of at least 0, and costs of 0 or 1 a
+    step; the velocity tasks such costs.
+    """
+    spec = tasks().get(cell.task)
+    if spec is None or cell.env:
+        return TaskLimits()
+    if spec.family == "custom":
+        return TaskLimits(spec.horizon, 0.0, 1.0, 0.0)
+    step_cost = 1.0 if spec.family == "velocity" else math.inf
+    return TaskLimits(spec.horizon, highest_step_cost=step_cost)
 
 
 @functools.cache
