@@ -174,7 +174,7 @@ def a_damaged_record_there() -> Path:
 def changed_after_packing() -> Path:
     packed = pack(submitted(), "packed")
     path = next(packed.rglob(RUN_FILE))
-    path.write_text(path.read_text().replace('"seed": 0', '"seed": 3'))
+    path.write_text(path.read_text().replace("synthetic", "imaginary"))
     return packed
 
 
@@ -245,11 +245,15 @@ def test_two_records_of_one_place_are_refused():
     """Two set-ups of one agent have the same places; the second would find the first there."""
     for cell in submitted(config={"gamma": 0.5}):
         place = write(SENT, cell)
-        place.rename(place.with_name(f"other-{cell.seed}"))
+        deeper = SENT / "small" / "more" / place.relative_to(SENT)
+        deeper.parent.mkdir(parents=True, exist_ok=True)
+        place.rename(deeper)
+    packed = pack(submitted())
     before = tree(RESULTS)
-    result = publish(pack(submitted()))
+    result = publish(packed)
     assert result.exit_code == 1
-    assert before == tree(RESULTS)
+    assert "seed 1: twice in the bundle" in result.output
+    assert tree(RESULTS) == before
 
 
 def test_a_killed_publish_can_be_repeated():
