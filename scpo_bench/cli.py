@@ -343,6 +343,25 @@ def bundle(
 
 
 @app.command()
+def publish(
+    bundle: Annotated[Path, Argument(help="A .tar.gz or a folder, as `bundle` packs it.")],
+    results: ResultsOption = Path("results"),
+    file: FileOption = None,
+) -> None:
+    """Check a bundle and add its records to the results, or say why not.
+
+    Exit status 1: not consistent, or not what the suite plans; nothing was added.
+    """
+    from scpo_bench.submissions import publish as publication
+
+    with _resumable():
+        outcome = publication.publish(bundle, results, _benchmarks(file))
+    typer.echo("\n".join(publication.lines(outcome)))
+    if not outcome.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
 def check(
     agent: Annotated[str, Argument(help="module:Class, path/file.py:Class or a registered name.")],
     config: Annotated[str, Option(help='Its configuration, as JSON: {"n_steps": 100}.')] = "{}",
