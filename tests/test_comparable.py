@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,8 @@ from synthetic_records import (
 from scpo_bench.leaderboard.render import notes
 from scpo_bench.leaderboard.tables import leaderboard, load
 from scpo_bench.records.comparable import Plan
-from scpo_bench.records.schema import Cell, Update
+from scpo_bench.records.files import RecordError
+from scpo_bench.records.schema import TIMING_FIELDS, Cell, Update
 from scpo_bench.submissions.verify import verify
 
 UPDATES = 5
@@ -165,3 +168,71 @@ def test_names_that_look_alike_are_refused(tmp_path, planned):
     write_record(tmp_path, "s", cell, synthetic_updates(cell, UPDATES))
     assert any("printable ASCII" in line for line in verify(tmp_path).problems)
     assert len(set(load(tmp_path, "s", planned, REFERENCES)["agent"])) == 2
+
+
+INFORMATIVE = ("provenance", "started", "ended", "resolved_config")
+"""Fields of run.json that describe the run, as their docstrings say; no number is made from them.
+
+The limit and the margin of ``resolved_config`` are, and are compared with the cell.
+"""
+
+
+def leaves(value: object, place: tuple[object, ...] = ()) -> list[tuple[object, ...]]:
+    """Paths to the numbers and texts of a JSON value."""
+    if isinstance(value, dict):
+        return [path for key, inner in value.items() for path in leaves(inner, (*place, key))]
+    if isinstance(value, list):
+        return [path for i, inner in enumerate(value) for path in leaves(inner, (*place, i))]
+    return [place]
+
+
+def mutated(content: object, path: tuple[object, ...]) -> object:
+    """A copy with the number, text or truth value at ``path`` changed."""
+    copy = json.loads(json.dumps(content))
+    inner = copy
+    for step in path[:-1]:
+        inner = inner[step]
+    value = inner[path[-1]]
+    if isinstance(value, bool):
+        inner[path[-1]] = not value
+    elif isinstance(value, int | float):
+        inner[path[-1]] = value + 1
+    else:
+        inner[path[-1]] = f"{value}x" if isinstance(value, str) else "x"
+    return copy
+
+
+def test_no_mutation_of_a_record_goes_unnoticed(tmp_path):
+    """Every number, text and length of run.json and of the updates, one at a time."""
+    cell = synthetic_cell("mine", IMITATION, 0, 3, config={"learning_rate": 0.5, "names": ["a"]})
+    folder = write_record(tmp_path, "s", cell, synthetic_updates(cell, 3))
+    run, lines = folder / "run.json", folder / "updates.jsonl.gz"
+
+    def unnoticed(path: Path, data: bytes) -> bool:
+        before = path.read_bytes()
+        path.write_bytes(data)
+        try:
+            return verify(tmp_path).ok
+        except RecordError:
+            return False
+        finally:
+            path.write_bytes(before)
+
+    content = json.loads(run.read_bytes())
+    missed = {
+        path
+        for path in leaves(content)
+        if unnoticed(run, json.dumps(mutated(content, path)).encode())
+    }
+    assert {path[0] for path in missed} <= set(INFORMATIVE)
+    updates = gzip.decompress(lines.read_bytes()).splitlines()
+    for number, line in enumerate(updates):
+        shorter = updates[:number] + updates[number + 1 :]
+        assert not unnoticed(lines, gzip.compress(b"\n".join([*shorter, b""])))
+        for path in leaves(json.loads(line)):
+            changed_line = json.dumps(
+                mutated(json.loads(line), path), sort_keys=True, separators=(",", ":")
+            ).encode()
+            all_lines = [*updates[:number], changed_line, *updates[number + 1 :], b""]
+            noticed = not unnoticed(lines, gzip.compress(b"\n".join(all_lines)))
+            assert noticed or path[0] in TIMING_FIELDS, path

@@ -136,12 +136,13 @@ class Run(_Strict):
     """Of a finished run: hash of its updates, timing aside."""
     resolved_config: dict[str, Any] = {}
     """The agent's configuration with every default filled in; ``cell.config`` holds what the suite
-    set.
+    set. Informative, but for the limit and the margin, which are compared with the cell's.
     """
     provenance: dict[str, Any] = {}
-    """Package versions, git commit, CPU, threads."""
+    """Package versions, git commit, CPU, threads. Informative: as the author states them."""
     started: str = ""
     ended: str | None = None
+    """Informative, like the time that the updates took: no number of a table depends on them."""
 
 
 def canonical(value: Any) -> bytes:
