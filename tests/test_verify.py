@@ -40,6 +40,18 @@ from scpo_bench.submissions.bundle import bundle
 from scpo_bench.submissions.contents import MANIFEST_FILE, Refused, safe_parts
 from scpo_bench.submissions.verify import verify
 
+PLANNED = [
+    synthetic_cell(agent, task, seed, 4)
+    for task, agent, seeds in (
+        (IMITATION, "scpo", 3),
+        (IMITATION, "sgd", 2),
+        (GOAL, "scpo", 2),
+        (GOAL, "sgd", 2),
+    )
+    for seed in range(seeds)
+]
+"""Of the fixture ``results``, and one seed that has no record."""
+
 
 @pytest.fixture
 def run_folder(tmp_path):
@@ -431,17 +443,7 @@ def test_runs_set_aside_are_ignored(results, tmp_path):
 @pytest.mark.parametrize("name", ["b.tar.gz", "b.tgz", "b"])
 def test_bundles_verify_and_repeat(results, tmp_path, name):
     """Packed twice it is the same bytes; planned but missing runs stay visible in it."""
-    planned = [
-        synthetic_cell(agent, task, seed, 4)
-        for task, agent, seeds in (
-            (IMITATION, "scpo", 3),
-            (IMITATION, "sgd", 2),
-            (GOAL, "scpo", 2),
-            (GOAL, "sgd", 2),
-        )
-        for seed in range(seeds)
-    ]
-    output = bundle(results, "s", tmp_path / name, planned)
+    output = bundle(results, "s", tmp_path / name, PLANNED)
     report = verify(output)
     assert report.ok, report.problems
     assert (report.sealed, report.runs) == (True, 8)
@@ -449,7 +451,7 @@ def test_bundles_verify_and_repeat(results, tmp_path, name):
         results,
         "s",
         tmp_path / "again" / name if name == "b" else tmp_path / f"again-{name}",
-        planned,
+        PLANNED,
     )
     if output.is_file():
         assert (
@@ -582,20 +584,10 @@ def test_tampering_with_a_bundle_is_found(results, tmp_path):
 
 def test_planned_cells_taken_out_of_a_bundle_are_found(results, tmp_path):
     """Removing failures from the plan would hide them; the rows then no longer agree."""
-    planned = [
-        synthetic_cell(agent, task, seed, 4)
-        for task, agent, seeds in (
-            (IMITATION, "scpo", 3),
-            (IMITATION, "sgd", 2),
-            (GOAL, "scpo", 2),
-            (GOAL, "sgd", 2),
-        )
-        for seed in range(seeds)
-    ]
-    output = bundle(results, "s", tmp_path / "b", planned)
+    output = bundle(results, "s", tmp_path / "b", PLANNED)
     manifest = output / MANIFEST_FILE
     content = json.loads(manifest.read_text())
-    content["planned"].remove(planned[2].model_dump(mode="json"))
+    content["planned"].remove(PLANNED[2].model_dump(mode="json"))
     manifest.write_text(json.dumps(content))
     assert any("seeds_" in line for line in verify(output).problems)
 
