@@ -236,3 +236,13 @@ def test_no_mutation_of_a_record_goes_unnoticed(tmp_path):
             all_lines = [*updates[:number], changed_line, *updates[number + 1 :], b""]
             noticed = not unnoticed(lines, gzip.compress(b"\n".join(all_lines)))
             assert noticed or path[0] in TIMING_FIELDS, path
+
+
+def test_a_name_given_twice_is_refused(tmp_path):
+    """Which of two cost limits holds?"""
+    run = submit(tmp_path) / "run.json"
+    run.write_text(
+        run.read_text().replace('"cost_limit": 0.0,', '"cost_limit": 9.0, "cost_limit": 0.0,')
+    )
+    assert any("given twice" in line for line in verify(tmp_path).problems)
+    assert load(tmp_path, "s", None, REFERENCES).empty

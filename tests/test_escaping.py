@@ -135,7 +135,7 @@ def test_ordinary_names_and_numbers_stay_as_they_are():
 
 COMMAND = re.compile(
     r"\\(?:textbackslash|textasciitilde|textasciicircum|textless|textgreater|textbar"
-    r"|textasciigrave|textdagger)\{\}|\\[&%$#_{}]|\$\\to\$|\$-\$|\{[\[\]*]\}"
+    r"|textasciigrave|textdaggerdbl|textdagger)\{\}|\\[&%$#_{}]|\$\\to\$|\$-\$|\{[\[\]*]\}"
 )
 
 

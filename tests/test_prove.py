@@ -34,9 +34,12 @@ def run_folder(root, agent, **config):
         cost_limit=0.0,
         config={"learning_rate": 0.3, "n_steps": 10, **config},
     )
-    folder = root / "s" / agent / "seed-0"
+    folder = root / "s" / REGRESSION_FOLDER / agent / "seed-0"
     assert run_cell(cell, folder, "s").status == "finished"
     return folder
+
+
+REGRESSION_FOLDER = "scpo_bench.HarmfulRegression-v0"
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +72,7 @@ def test_prove_proves_or_says_from_where_it_is_unsafe(proved_results):
     assert "update " in outcomes["sgd"].output
     assert "violates from start state (" in outcomes["sgd"].output
     for agent in outcomes:
-        folder = root / "s" / agent / "seed-0"
+        folder = root / "s" / REGRESSION_FOLDER / agent / "seed-0"
         run = read_run(folder)
         proof = read_proof(folder, run)
         assert (proof.key, proof.digest) == (run.key, run.digest)
@@ -79,7 +82,7 @@ def test_prove_proves_or_says_from_where_it_is_unsafe(proved_results):
 
 def test_a_run_that_is_not_repeated_proves_nothing(results):
     """If the repeated digest is another one, the proofs are of other policies."""
-    folder = results / "s" / "scpo" / "seed-0"
+    folder = results / "s" / REGRESSION_FOLDER / "scpo" / "seed-0"
     (folder / PROOF_FILE).unlink()
     run = read_run(folder)
     write_run(folder, run.model_copy(update={"digest": "0" * 64}))
@@ -91,7 +94,7 @@ def test_a_run_that_is_not_repeated_proves_nothing(results):
 
 def test_users_mistakes_are_one_line_with_status_2(results, tmp_path, monkeypatch, capsys):
     """No run, an unfinished run, a task that cannot be proved."""
-    folder = results / "s" / "scpo" / "seed-0"
+    folder = results / "s" / REGRESSION_FOLDER / "scpo" / "seed-0"
     run = read_run(folder)
     unfinished, other = tmp_path / "unfinished", tmp_path / "other"
     for place in (unfinished, other):
@@ -122,10 +125,10 @@ def test_leaderboard_shows_proofs_where_there_are_any(results):
     by_agent = {row["agent"]: cell_text(column("proved_policies"), row) for row in rows}
     assert by_agent["scpo"] == "4/4"
     assert by_agent["sgd"] in ("0/4", "1/4")
-    (results / "s" / "sgd" / "seed-0" / PROOF_FILE).unlink()
+    (results / "s" / REGRESSION_FOLDER / "sgd" / "seed-0" / PROOF_FILE).unlink()
     rows = leaderboard(load(results, "s")).to_dict("records")
     assert {row["agent"]: cell_text(column("proved_policies"), row) for row in rows}["sgd"] == "–"
-    (results / "s" / "scpo" / "seed-0" / PROOF_FILE).unlink()
+    (results / "s" / REGRESSION_FOLDER / "scpo" / "seed-0" / PROOF_FILE).unlink()
     rows = leaderboard(load(results, "s")).to_dict("records")
     assert "proved_policies" not in [c.name for c in shown(rows)]
 
@@ -159,7 +162,7 @@ def _link(folder):
 )
 def test_a_damaged_proof_is_ignored_and_named(results, damage, message):
     """Untrusted data: the record still counts, the claim about it does not."""
-    folder = results / "s" / "scpo" / "seed-0"
+    folder = results / "s" / REGRESSION_FOLDER / "scpo" / "seed-0"
     damage(folder)
     with pytest.raises(RecordError, match=message):
         read_proof(folder, read_run(folder))
@@ -177,7 +180,10 @@ def test_bundles_carry_no_proofs(results, tmp_path):
     packed = bundle(results, "s", tmp_path / "packed")
     assert not list(packed.rglob(PROOF_FILE))
     assert verify(packed).ok
-    shutil.copy(results / "s" / "scpo" / "seed-0" / PROOF_FILE, packed / "scpo" / "seed-0")
+    shutil.copy(
+        results / "s" / REGRESSION_FOLDER / "scpo" / "seed-0" / PROOF_FILE,
+        packed / REGRESSION_FOLDER / "scpo" / "seed-0",
+    )
     with pytest.raises(Refused, match=r"proof\.json: not part of a record"):
         list_contents(packed)
     with pytest.raises(Refused):

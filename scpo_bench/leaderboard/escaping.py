@@ -40,7 +40,14 @@ _LATEX = {
     **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "`": r"\textasciigrave{}"},
     # After the end of a table's row, these would be an argument of \\.
     **{"[": "{[}", "]": "{]}", "*": "{*}"},
-    **{"→": r"$\to$", "–": "--", "†": r"\textdagger{}", "‡": r"\ddag{}", "“": "``", "”": "''"},
+    **{
+        "→": r"$\to$",
+        "–": "--",
+        "†": r"\textdagger{}",
+        "‡": r"\textdaggerdbl{}",
+        "“": "``",
+        "”": "''",
+    },
 }
 
 

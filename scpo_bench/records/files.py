@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -213,16 +213,27 @@ def read_model(path: Path, model: type[M], max_bytes: int) -> M:
     """What a JSON file holds, as ``model``.
 
     FileNotFoundError if there is none; RecordError naming what is wrong: no plain file, more than
-    ``max_bytes``, other contents.
+    ``max_bytes``, other contents, a name given twice.
     """
     try:
-        return model.model_validate_json(read_file(path, max_bytes))
-    except FileNotFoundError:
+        data = read_file(path, max_bytes)
+        content = model.model_validate_json(data)
+        json.loads(data, object_pairs_hook=_without_repeats)
+        return content
+    except (FileNotFoundError, RecordError):
         raise
     except ValidationError as error:
         raise _invalid(path, error) from None
+    except ValueError as error:
+        raise RecordError(f"{path}: {error}") from None
     except (OSError, RecursionError) as error:
         raise RecordError(f"{path}: cannot be read ({error})") from None
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> None:
+    """Of two values of one name a reader would see the last, and a person perhaps the first."""
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise ValueError("a name is given twice in one object")
 
 
 def read_run(folder: Path) -> Run:
