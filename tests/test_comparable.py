@@ -133,6 +133,7 @@ def test_impossible_numbers_are_damage(tmp_path, planned, task, number, fields, 
         ({"provenance": {}}, "provenance: expected the versions"),
         ({"error": "ValueError"}, "error: a finished run has none"),
         ({"started": "2999-01-01T00:00:00+00:00", "ended": "2999-01-01T00:01:00+00:00"}, "future"),
+        ({"started": "2025-12-13T10:00:00", "ended": "2025-12-13T10:01:00"}, "with zones"),
         ({"resolved_config": {"cost_limit": 25.0}}, "resolved_config: cost_limit: expected 0.0"),
     ],
 )

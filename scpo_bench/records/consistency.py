@@ -169,11 +169,12 @@ def _check_clock(run: Run, updates: Sequence[Update]) -> Iterator[str]:
     started, ended = run.started, run.ended or ""
     try:
         duration = (datetime.fromisoformat(ended) - datetime.fromisoformat(started)).total_seconds()
+        in_future = datetime.fromisoformat(ended) > datetime.now(UTC) + _FUTURE
     except (ValueError, TypeError):
         found = f"found {started[:40]!r} and {ended[:40]!r}"
-        yield f"started, ended: expected two ISO 8601 times, {found}"
+        yield f"started, ended: expected two ISO 8601 times with zones, {found}"
         return
-    if datetime.fromisoformat(ended) > datetime.now(UTC) + _FUTURE:
+    if in_future:
         yield f"ended: in the future, {ended[:40]}"
     used = updates[-1].wall_time_s if updates else 0.0
     if duration < 0:
